@@ -243,15 +243,15 @@ class Split:
         return self._with(sealed=False)
 
     def _with(self, **changes) -> Split:
-        kwargs = dict(
-            name=self.name,
-            ids=self.ids,
-            features=self.features,
-            labels=self._labels,
-            raw_text=self.raw_text,
-            truth=self._truth,
-            sealed=self.sealed,
-        )
+        kwargs = {
+            "name": self.name,
+            "ids": self.ids,
+            "features": self.features,
+            "labels": self._labels,
+            "raw_text": self.raw_text,
+            "truth": self._truth,
+            "sealed": self.sealed,
+        }
         return Split(**(kwargs | changes))
 
     def only(self, modalities: Sequence[str]) -> Split:
@@ -483,7 +483,7 @@ def clean_nonfinite(x: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def fingerprint(splits: Mapping[str, Split]) -> str:
-    """sha256 over ids, text, features and labels, independent of how they are stored."""
+    """sha256 over ids, text, features and labels, however they are stored."""
     digest = hashlib.sha256()
     for name in sorted(splits):
         split = splits[name]
@@ -524,7 +524,9 @@ def _split_facts(splits: Mapping[str, Split]) -> dict[str, dict]:
         for k, v in split._labels.items():
             if v.ndim == 1:
                 values, counts = np.unique(v, return_counts=True)
-                facts[name][k] = {"counts": dict(zip(values.tolist(), counts.tolist()))}
+                facts[name][k] = {
+                    "counts": dict(zip(values.tolist(), counts.tolist(), strict=True))
+                }
             else:
                 facts[name][k] = {
                     "mean": [round(float(x), 4) for x in v.mean(0)],

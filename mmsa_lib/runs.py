@@ -1,0 +1,525 @@
+"""Run records: what was run, on what, with which result. JSON, never edited.
+
+Numbers reach a page only through a record: `table`, `number` and `say` mark every
+printed figure with the record and the field it came from, so that a gate can compare
+the page with the record. Importing this module does not load torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import math
+import os
+import platform
+import re
+import resource
+import statistics as pystats
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from mmsa_lib.errors import MmsaError, unknown
+
+SCHEMA = 1
+ROOT = Path(__file__).resolve().parent.parent  # the checkout, when there is one
+
+
+class RecordError(MmsaError, ValueError):
+    """A record file is damaged, edited or of an unknown schema."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One training, evaluation or benchmark call with everything needed to place it.
+
+    `per_seed` holds one dict a seed: ``{"seed", "test": {metric: value}, "valid":
+    {...}, "epochs", "seconds", ...}``. `id` is the sha256 of the rest.
+    """
+
+    name: str
+    kind: str  # "training", "evaluation" or "benchmark"
+    created: str
+    chapter: str | None = None
+    profile: str | None = None
+    parameters: dict = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=list)
+    corpus: dict = field(default_factory=dict)
+    code: dict = field(default_factory=dict)
+    environment: dict = field(default_factory=dict)
+    resources: dict = field(default_factory=dict)
+    selection: str = ""
+    per_seed: list[dict] = field(default_factory=list)
+    rows: list[dict] = field(default_factory=list)  # of a benchmark
+    status: str = "complete"
+    schema: int = SCHEMA
+    id: str = ""
+
+    def values(self, path: str) -> list[float]:
+        """One value a seed, such as ``values("test.mae")``; NaN where undefined."""
+        found = [_walk(entry, path) for entry in self.per_seed]
+        return [math.nan if v is None else v for v in found]
+
+    def mean(self, path: str) -> float:
+        """Mean over seeds."""
+        return pystats.fmean(self.values(path))
+
+    def sd(self, path: str) -> float:
+        """Sample standard deviation over seeds (n - 1); NaN for one seed."""
+        values = self.values(path)
+        return pystats.stdev(values) if len(values) > 1 else math.nan
+
+    @property
+    def synthetic(self) -> bool:
+        return bool(self.corpus.get("synthetic"))
+
+
+def _walk(entry: Mapping, path: str):
+    for key in path.split("."):
+        if not isinstance(entry, Mapping) or key not in entry:
+            known = entry if isinstance(entry, Mapping) else ()
+            raise unknown("record field", f"{key} (of {path})", map(str, known))
+        entry = entry[key]
+    return entry
+
+
+# ---------------------------------------------------------------- provenance
+
+
+def _package_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*args: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *args], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        found = re.search(r"model name\s*:\s*(.+)", info.read_text())
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _sha256(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+@cache
+def _package_sha256() -> str:
+    """Hash of every source file of the package: the closure when none was given."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).resolve().parent.rglob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def code_facts() -> dict:
+    """Commit, dirty flag, chapter source hash and import-closure hash."""
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
+        "chapter_sha256": os.environ.get("MMSA_CHAPTER_SHA"),
+        "closure_sha256": os.environ.get("MMSA_CLOSURE_SHA") or _package_sha256(),
+        "lock_sha256": _sha256(ROOT / "constraints.txt"),
+    }
+
+
+def environment_facts() -> dict:
+    """Python, library versions and hardware."""
+    facts = {
+        "python": platform.python_version(),
+        "torch": _package_version("torch"),
+        "transformers": _package_version("transformers"),
+        "numpy": _package_version("numpy"),
+        "system": platform.system(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "ram_gib": None,
+        "gpu": None,
+        "cuda": None,
+    }
+    if hasattr(os, "sysconf"):
+        pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        facts["ram_gib"] = round(pages / 2**30, 1)
+    torch = _loaded_torch()
+    if torch is not None and torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+def _loaded_torch():
+    import sys
+
+    return sys.modules.get("torch")  # never import it only to ask
+
+
+def peak_memory() -> dict:
+    """Peak resident memory of this process, and of the GPU, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 2**20 if platform.system() == "Darwin" else 2**10
+    facts = {"peak_ram_mib": round(peak / unit), "peak_gpu_mib": None}
+    torch = _loaded_torch()
+    if torch is not None and torch.cuda.is_available():
+        facts["peak_gpu_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
+    return facts
+
+
+def corpus_facts(corpus) -> dict:
+    """Name, fingerprint, sizes and the synthetic flag of a `Corpus`."""
+    return {
+        "name": corpus.name,
+        "version": corpus.card.version,
+        "sha256": corpus.fingerprint,
+        "synthetic": corpus.card.synthetic,
+        "options": corpus.card.options,
+        "modalities": corpus.dims,
+        "sizes": {name: len(split) for name, split in corpus.splits.items()},
+    }
+
+
+# ---------------------------------------------------------------- save and load
+
+
+def _canonical(record: RunRecord) -> str:
+    body = {k: v for k, v in asdict(record).items() if k != "id"}
+    return json.dumps(body, sort_keys=True, ensure_ascii=False, allow_nan=False)
+
+
+def seal(record: RunRecord) -> RunRecord:
+    """The same record with its content address filled in."""
+    plain = json.loads(_canonical(record))  # tuples become lists, as they will on disk
+    record = RunRecord(**plain)
+    digest = hashlib.sha256(_canonical(record).encode()).hexdigest()
+    return replace(record, id=digest)
+
+
+def records_folder() -> Path:
+    """Where new records go: ``MMSA_RECORDS``, else ``_build/records`` of the book."""
+    return Path(os.environ.get("MMSA_RECORDS") or ROOT / "_build" / "records")
+
+
+def save(record: RunRecord, folder: Path | None = None) -> Path:
+    """Write a sealed record atomically; an existing record is never rewritten."""
+    folder = Path(folder or records_folder())
+    folder.mkdir(parents=True, exist_ok=True)
+    record = record if record.id else seal(record)
+    path = folder / f"{record.name}-{record.id[:12]}.json"
+    if path.exists():
+        return path
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    body = json.dumps(asdict(record), indent=1, sort_keys=True, ensure_ascii=False)
+    temporary.write_text(body + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def load(path: Path) -> RunRecord:
+    """Read one record and check its content address; `RecordError` if it was edited."""
+    path = Path(path)
+    try:
+        record = RunRecord(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise RecordError(f"{path.name} is not a run record: {error}") from error
+    if record.schema != SCHEMA:
+        raise RecordError(
+            f"{path.name} has record schema {record.schema}; this version reads "
+            f"{SCHEMA}"
+        )
+    if hashlib.sha256(_canonical(record).encode()).hexdigest() != record.id:
+        raise RecordError(
+            f"{path.name} does not match its content address: it was edited or "
+            "damaged. Records are never edited; run the chapter again."
+        )
+    return record
+
+
+def load_all(folder: Path | None = None) -> list[RunRecord]:
+    """Every record of a folder, oldest first."""
+    folder = Path(folder or records_folder())
+    records = [load(path) for path in sorted(folder.rglob("*.json"))]
+    return sorted(records, key=lambda r: r.created)
+
+
+def find(name: str, corpus: str | None = None, folder: Path | None = None) -> RunRecord:
+    """The newest committed record of that name (and corpus) in ``results/``."""
+    records = load_all(folder or ROOT / "results")
+    named = [
+        r
+        for r in records
+        if r.name == name and (corpus is None or r.corpus.get("name") == corpus)
+    ]
+    if not named:
+        raise unknown("record", name, {r.name for r in records})
+    return named[-1]
+
+
+def _new(name: str, kind: str, **fields) -> RunRecord:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
+        raise RecordError(
+            f"record name {name!r} must be lower-case letters, digits and hyphens"
+        )
+    return RunRecord(
+        name=name,
+        kind=kind,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        chapter=os.environ.get("MMSA_CHAPTER"),
+        profile=os.environ.get("MMSA_PROFILE"),
+        code=code_facts(),
+        environment=environment_facts(),
+        **fields,
+    )
+
+
+def save_benchmark(
+    name: str,
+    rows: list[dict],
+    *,
+    settings: dict,
+    out: Path = Path("results"),
+) -> Path:
+    """Record what a script in ``benchmarks/`` measured; returns the file's path.
+
+    rows: one dict a measurement, each with at least ``what`` and the measured values.
+    settings: sizes, repeats and what is compared, in words.
+    """
+    record = _new(
+        name,
+        "benchmark",
+        parameters=settings,
+        rows=rows,
+        resources=peak_memory(),
+    )
+    return save(record, out)
+
+
+# ---------------------------------------------------------------- experiments
+
+
+def experiment(
+    name: str,
+    train: Callable[[int], object],
+    corpus,
+    seeds: Sequence[int],
+    *,
+    parameters: Mapping | None = None,
+    label: str = "sentiment",
+) -> RunRecord:
+    """Train once a seed, evaluate the frozen result on the test split, record it all.
+
+    train: ``train(seed) -> Frozen`` (`training.fit` or `training.select`).
+    Returns the saved record; metrics under every convention are in ``per_seed``.
+    """
+    from mmsa_lib import training
+
+    per_seed, start = [], time.perf_counter()
+    frozen = None
+    for seed in seeds:
+        began = time.perf_counter()
+        frozen = train(seed)
+        entry = {
+            "seed": int(seed),
+            "seconds": round(time.perf_counter() - began, 2),
+            **frozen.facts(),
+        }
+        for split in ("valid", "test"):
+            predictions = training.evaluate(frozen, corpus, split, label=label)
+            entry[split] = _report(predictions)
+            if split == "test":
+                entry["predictions"] = [
+                    round(float(p), 4) for p in predictions.prediction
+                ]
+                entry["test_ids_sha256"] = hashlib.sha256(
+                    "\0".join(predictions.ids).encode()
+                ).hexdigest()
+        per_seed.append(entry)
+    record = _new(
+        name,
+        "training",
+        parameters=dict(parameters or {}),
+        seeds=[int(s) for s in seeds],
+        corpus=corpus_facts(corpus),
+        selection=frozen.selection if frozen is not None else "",
+        per_seed=per_seed,
+        resources={
+            "wall_seconds": round(time.perf_counter() - start, 2),
+            **peak_memory(),
+            "trainable_parameters": getattr(frozen, "trainable", None),
+            "total_parameters": getattr(frozen, "total", None),
+        },
+    )
+    record = seal(record)
+    save(record)
+    return record
+
+
+def _report(predictions) -> dict[str, float]:
+    from mmsa_lib import metrics
+
+    report = metrics.sentiment_report(predictions.truth, predictions.prediction)
+    # JSON has no NaN: an undefined metric (correlation of a constant) is null
+    return {k: None if math.isnan(v) else round(float(v), 6) for k, v in report.items()}
+
+
+# ---------------------------------------------------------------- on the page
+
+
+@dataclass(frozen=True)
+class Number:
+    """A figure on a page that knows its record and field; renders as HTML."""
+
+    value: float
+    record: str
+    path: str
+    digits: int = 3
+    suffix: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.value:.{self.digits}f}{self.suffix}".replace(
+            "-", "\N{MINUS SIGN}"
+        )
+
+    def _repr_html_(self) -> str:
+        return (
+            f'<data class="rec" value="{self.value!r}" data-record="{self.record[:12]}"'
+            f' data-path="{html.escape(self.path)}" title="record {self.record[:12]}: '
+            f'{html.escape(self.path)}">{html.escape(str(self))}</data>'
+        )
+
+
+def number(
+    record: RunRecord, path: str, *, of: str = "mean", digits: int = 3, suffix: str = ""
+) -> Number:
+    """A number of a record: `of` is "mean" or "sd" over seeds, or "field" itself."""
+    if of == "field":
+        value = _walk(asdict(record), path)
+    else:
+        value = {"mean": record.mean, "sd": record.sd}[of](path)
+    return Number(float(value), record.id, f"{of}({path})", digits, suffix)
+
+
+def say(template: str, **numbers: Number):
+    """A sentence with record-backed numbers: ``say("MAE {mae}.", mae=number(...))``."""
+    from IPython.display import HTML
+
+    parts = {k: v._repr_html_() for k, v in numbers.items()}
+    return HTML(f"<p>{template.format(**parts)}</p>")
+
+
+def table(
+    records: Iterable[RunRecord],
+    columns: Mapping[str, str],
+    *,
+    names: Mapping[str, str] | None = None,
+    digits: Mapping[str, int] | None = None,
+    caption: str = "",
+    sd: Iterable[str] = ("test.mae",),
+):
+    """An HTML table, one row a record, one column a field, every number marked.
+
+    columns: heading -> path, such as ``{"MAE": "test.mae"}`` (mean over seeds), or
+    ``"field:resources.trainable_parameters"`` for a field of the record itself.
+    sd: paths shown as mean +- sample standard deviation.
+    Synthetic and real corpora never share a table: mixing them raises `RecordError`.
+    """
+    from IPython.display import HTML
+
+    records = list(records)
+    if len({r.synthetic for r in records}) > 1:
+        raise RecordError(
+            "synthetic and real results never share a table; make two tables"
+        )
+    if len({r.corpus.get("sha256") for r in records}) > 1:
+        raise RecordError("records of different corpora never share a table")
+    names, digits = names or {}, digits or {}
+    head = "".join(f"<th scope='col'>{html.escape(c)}</th>" for c in columns)
+    body = []
+    for record in records:
+        cells = []
+        for path in columns.values():
+            places = digits.get(path, 3 if path.endswith(("mae", "corr")) else 1)
+            cells.append(f"<td>{_cell(record, path, places, path in sd)}</td>")
+        title = html.escape(names.get(record.name, record.name))
+        body.append(f"<tr><th scope='row'>{title}</th>{''.join(cells)}</tr>")
+    kind = "synthetic" if records and records[0].synthetic else "real"
+    seeds = sorted({len(r.seeds) for r in records})
+    note = f"{caption} Mean over {' or '.join(map(str, seeds))} seeds"
+    note += ", with sample standard deviation where shown." if sd else "."
+    note += " Synthetic corpus." if kind == "synthetic" else ""
+    return HTML(
+        f'<div class="rec-table"><table class="{kind}"><caption>{html.escape(note)}'
+        f"</caption><thead><tr><th></th>{head}</tr></thead>"
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _cell(record: RunRecord, path: str, digits: int, with_sd: bool) -> str:
+    if path.startswith("field:"):
+        value = _walk(asdict(record), path.removeprefix("field:"))
+        if value is None:
+            return "–"
+        shown = Number(float(value), record.id, path, 0)
+        return shown._repr_html_().replace(f">{value}<", f">{value:,}<")
+    text = number(record, path, digits=digits)._repr_html_()
+    if with_sd and len(record.seeds) > 1:
+        text += " ± " + number(record, path, of="sd", digits=digits)._repr_html_()
+    return text
+
+
+def run_card(records: Iterable[RunRecord]):
+    """The footer of a chapter: time, memory, parameters, corpus, seeds, commit."""
+    from IPython.display import HTML
+
+    records = list(records)
+    if not records:
+        raise RecordError("a run card needs at least one record")
+    last = records[-1]
+    trainable = [
+        r.resources["trainable_parameters"]
+        for r in records
+        if r.resources.get("trainable_parameters")
+    ]
+    wall = sum(r.resources.get("wall_seconds") or 0 for r in records)
+    commit = (last.code.get("commit") or "no commit")[:10]
+    rows = {
+        "Training time": f"{wall:.0f} s in {len(records)} records",
+        "Peak memory": f"{max(r.resources['peak_ram_mib'] for r in records):,} MiB",
+        "Trained parameters": f"{min(trainable):,} to {max(trainable):,}"
+        if trainable
+        else "none",
+        "Corpus": ", ".join(
+            sorted(
+                f"{r.corpus['name']} ({'synthetic' if r.synthetic else 'real'})"
+                for r in {r.corpus["sha256"]: r for r in records}.values()
+            )
+        ),
+        "Seeds": ", ".join(map(str, sorted({s for r in records for s in r.seeds}))),
+        "Hardware": last.environment.get("gpu") or last.environment.get("cpu") or "?",
+        "Commit": commit + (" (with local changes)" if last.code.get("dirty") else ""),
+        "Date": last.created[:10],
+    }
+    cells = "".join(
+        f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>"
+        for k, v in rows.items()
+    )
+    return HTML(f'<dl class="run-card" aria-label="Run card">{cells}</dl>')

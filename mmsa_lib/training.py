@@ -1,0 +1,725 @@
+"""One training loop, one evaluator, and the seal on the test split.
+
+`fit` trains a model and freezes the epoch that validation prefers; `select` does the
+same for predictors that are not trained by gradients. Both return a `Frozen`, the only
+thing that `evaluate` accepts for the test split. The loop runs on Accelerate: CPU, one
+GPU, mixed precision, accumulation and several processes are configuration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from mmsa_lib.corpora.schema import Batch, Corpus, Receipt, Split
+from mmsa_lib.errors import SealedError, TrainingError, unknown
+
+Loss = Callable[[object, Batch], Tensor]  # (Output, Batch) -> scalar
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. Defaults are what the papers on small fusion models share.
+
+    epochs            most epochs to run
+    batch_size        samples a step and process (before accumulation)
+    lr, weight_decay  of `optimiser`: "adam", "adamw" or "sgd" (momentum 0.9)
+    schedule          "constant", "plateau" (x0.1 after 10 flat epochs) or "cosine"
+                      (per step, after a linear `warmup` fraction of all steps)
+    clip              largest gradient norm, None for no clipping
+    patience          epochs without a better validation loss before stopping
+    accumulate        batches a step
+    precision         "no", "bf16" or "fp16"
+    device            "auto", "cpu" or "cuda"
+    seed              of initialisation, order and dropout
+    checkpoint        folder for resumable state; training continues from it if it is
+                      there; written each epoch and every `checkpoint_steps` steps
+    """
+
+    epochs: int = 30
+    batch_size: int = 64
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    optimiser: str = "adam"
+    schedule: str = "constant"
+    warmup: float = 0.0
+    clip: float | None = 0.8
+    patience: int | None = None
+    accumulate: int = 1
+    precision: str = "no"
+    device: str = "auto"
+    seed: int = 0
+    checkpoint: str | None = None
+    checkpoint_steps: int | None = None
+
+    def __post_init__(self):
+        for name, known in (
+            ("optimiser", ("adam", "adamw", "sgd")),
+            ("schedule", ("constant", "plateau", "cosine")),
+            ("precision", ("no", "bf16", "fp16")),
+            ("device", ("auto", "cpu", "cuda")),
+        ):
+            if getattr(self, name) not in known:
+                raise unknown(name, str(getattr(self, name)), known)
+        for name in ("epochs", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise TrainingError(f"{name} must be at least 1: {getattr(self, name)}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise TrainingError(
+                'device="cuda" was asked for but no GPU is visible. Use device="auto", '
+                "or install a CUDA build of torch (see README, GPU path)."
+            )
+
+
+class Rule:
+    """Hooks around a step, for methods that change gradients or add loss terms.
+
+    Every hook may be left out. A rule with state implements `state_dict` and
+    `load_state_dict` (tensors and plain values), so that a killed run resumes exactly.
+    """
+
+    def setup(self, model: nn.Module, device: torch.device) -> None:
+        """Called once, after the model is on its device."""
+
+    def loss(self, output, batch: Batch, loss: Tensor) -> Tensor:
+        """Return the loss to differentiate, with this rule's terms added."""
+        return loss
+
+    def after_backward(self, model: nn.Module) -> None:
+        """Gradients of the whole step are there, unscaled and not yet clipped."""
+
+    def after_step(self, model: nn.Module) -> None:
+        """Called after the optimiser step."""
+
+    def epoch_end(self, row: dict) -> None:
+        """Add this rule's numbers to the history row of the epoch."""
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        pass
+
+
+@dataclass
+class Predictions:
+    """Aligned truth and prediction of one split: what metrics are computed from."""
+
+    ids: list[str]
+    truth: np.ndarray  # (n,) or (n, k)
+    prediction: np.ndarray  # same shape as truth (class labels: (n, classes))
+    split: str
+    corpus: str
+
+
+@dataclass
+class Frozen:
+    """A predictor that validation has chosen; the only key to a test split.
+
+    predict      split -> (n, k) array
+    receipt      which corpus, which artefact, by which value it was chosen
+    selection    the rule in words
+    history      one dict an epoch: epoch, train, valid, seconds
+    """
+
+    predict: Callable[[Split, str], np.ndarray]
+    receipt: Receipt
+    selection: str
+    trainable: int = 0
+    total: int = 0
+    history: list[dict] = field(default_factory=list)
+    best_epoch: int | None = None
+    module: nn.Module | None = None
+    chosen: str | None = None
+
+    def facts(self) -> dict:
+        """What a run record keeps of the selection."""
+        facts = {"validation": round(self.receipt.value, 6)}
+        if self.chosen is not None:
+            facts["chosen"] = self.chosen
+        if self.history:
+            facts["best_epoch"] = self.best_epoch
+            facts["epochs"] = len(self.history)
+            for key in ("train", "valid"):
+                facts[f"{key}_curve"] = [round(row[key], 5) for row in self.history]
+        return facts
+
+    def save(self, path: Path) -> Path:
+        """Write the trained weights as safetensors, atomically."""
+        if self.module is None:
+            raise TrainingError("only a trained module has weights to save")
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        save_file(_contiguous(self.module.state_dict()), temporary)
+        os.replace(temporary, path)
+        return path
+
+
+# ---------------------------------------------------------------- losses
+
+
+def l1(label: str = "sentiment") -> Loss:
+    """Mean absolute error of one label; shapes must agree, nothing is broadcast."""
+
+    def loss(output, batch: Batch) -> Tensor:
+        prediction, truth = _pair(output, batch, label)
+        return (prediction - truth).abs().mean()
+
+    return loss
+
+
+def cross_entropy(label: str) -> Loss:
+    """Cross-entropy of one class label against (B, classes) logits."""
+
+    def loss(output, batch: Batch) -> Tensor:
+        logits = output.predictions[label].float()
+        return nn.functional.cross_entropy(logits, batch.labels[label])
+
+    return loss
+
+
+def _pair(output, batch: Batch, label: str) -> tuple[Tensor, Tensor]:
+    if label not in output.predictions:
+        raise unknown("prediction", label, output.predictions)
+    if label not in batch.labels:
+        raise unknown("label", label, batch.labels)
+    prediction, truth = output.predictions[label].float(), batch.labels[label]
+    if prediction.shape != truth.shape:
+        raise TrainingError(
+            f"prediction of {label!r} is {tuple(prediction.shape)} but its label is "
+            f"{tuple(truth.shape)}; unequal shapes would broadcast to a wrong loss"
+        )
+    return prediction, truth
+
+
+# ---------------------------------------------------------------- freezing modules
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Stop gradients and keep `module` in eval mode through `fit`; returns it.
+
+    A module attached inside it later (an adapter) is not frozen by this call.
+    """
+    module.requires_grad_(False)
+    for part in module.modules():
+        part._mmsa_frozen = True
+        part.training = False
+    return module
+
+
+def train_mode(model: nn.Module) -> None:
+    """``model.train()`` except for the parts that `freeze` has marked."""
+    model.train()
+    for part in model.modules():
+        if getattr(part, "_mmsa_frozen", False):
+            part.training = False
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 libraries still read the global state
+    torch.manual_seed(seed)
+
+
+# ---------------------------------------------------------------- order of samples
+
+
+class EpochBatches:
+    """Batch sampler whose order depends on (seed, epoch) alone; can skip a head."""
+
+    def __init__(self, n: int, batch_size: int, seed: int):
+        self.n, self.batch_size, self.seed = n, batch_size, seed
+        self.epoch, self.skip, self.drop_last = 0, 0, False
+
+    def __len__(self) -> int:
+        return math.ceil(self.n / self.batch_size) - self.skip
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
+        for start in range(self.skip * self.batch_size, self.n, self.batch_size):
+            yield order[start : start + self.batch_size].tolist()
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def fit(
+    build: Callable[[], nn.Module],
+    corpus: Corpus,
+    config: TrainConfig,
+    *,
+    loss: Loss | None = None,
+    rules: Sequence[Rule] = (),
+) -> Frozen:
+    """Train on `corpus.train`, freeze the epoch with the lowest validation loss.
+
+    build   called after seeding, so that initialisation belongs to the seed
+    loss    (Output, Batch) -> scalar; default `l1("sentiment")`; the same function,
+            averaged over samples, is the selection metric on `corpus.valid`
+
+    Raises `TrainingError` for a NaN or infinite loss or gradient (naming the batch and
+    its ids) and for a checkpoint of another run; resumes exactly after a kill when
+    ``config.checkpoint`` is set.
+    """
+    loss = loss or l1()
+    accelerator = _accelerator(config)
+    seed_everything(config.seed)
+    model = build()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise TrainingError("no parameter of the model requires a gradient")
+    batches = EpochBatches(len(corpus.train), config.batch_size, config.seed)
+    loader = DataLoader(
+        range(len(corpus.train)), batch_sampler=batches, collate_fn=corpus.train.batch
+    )
+    optimiser = _optimiser(config, parameters)
+    model, optimiser, loader = accelerator.prepare(model, optimiser, loader)
+    world = accelerator.num_processes
+    per_epoch = math.ceil(len(batches) / world / config.accumulate)
+    scheduler = _scheduler(config, optimiser, per_epoch)
+    for rule in rules:
+        rule.setup(accelerator.unwrap_model(model), accelerator.device)
+
+    state = _State(config, corpus, accelerator, model, optimiser, scheduler, rules)
+    state.resume()
+    bar = _progress(config.epochs, state.epoch)
+    while state.epoch < config.epochs and not state.stopped(config.patience):
+        start = time.perf_counter()
+        batches.epoch, batches.skip = state.epoch, state.batches_done * world
+        train_mode(model)
+        for number, batch in enumerate(loader, start=state.batches_done):
+            # the random stream of a batch depends on its place alone: a resumed run
+            # and a run on several processes draw the same dropout masks
+            place = (state.epoch * 1_000_003 + number) * world
+            torch.manual_seed(config.seed * 7_919 + place + accelerator.process_index)
+            with accelerator.accumulate(model):
+                output = model(batch)
+                value = loss(output, batch)
+                total = value
+                for rule in rules:
+                    total = rule.loss(output, batch, total)
+                _require_finite(total, output, batch, state.epoch, number)
+                accelerator.backward(total)
+                if accelerator.sync_gradients:
+                    _step(accelerator, model, optimiser, parameters, rules, config,
+                          batch, state.epoch, number)  # fmt: skip
+                    if config.schedule == "cosine" and scheduler is not None:
+                        scheduler.step()
+                optimiser.zero_grad()
+            state.batches_done = number + 1
+            state.loss_sum += float(value.detach()) * len(batch)
+            state.samples += len(batch)
+            every = config.checkpoint_steps
+            if every and accelerator.sync_gradients and state.batches_done % every == 0:
+                state.save()
+        valid = _mean_loss(accelerator.unwrap_model(model), corpus.valid, loss, config)
+        if config.schedule == "plateau":
+            scheduler.step(valid)
+        state.end_epoch(valid, time.perf_counter() - start)
+        state.save()
+        bar.update(1)
+        bar.set_postfix(valid=f"{valid:.4f}", best=f"{state.best_value:.4f}")
+    bar.close()
+
+    module = accelerator.unwrap_model(model)
+    module.load_state_dict(state.best)
+    module.eval()
+    trainable, count = _count(module)
+    receipt = Receipt(
+        corpus=corpus.fingerprint,
+        artefact=weights_sha256(module),
+        metric="validation loss",
+        value=state.best_value,
+        candidates=len(state.history),
+    )
+    return Frozen(
+        predict=lambda split, label: _predict(module, split, label, config),
+        receipt=receipt,
+        selection="epoch with the lowest validation loss",
+        trainable=trainable,
+        total=count,
+        history=state.history,
+        best_epoch=state.best_epoch,
+        module=module,
+    )
+
+
+def _step(
+    accelerator, model, optimiser, parameters, rules, config, batch, epoch, number
+):
+    if accelerator.scaler is not None:
+        accelerator.unscale_gradients(optimiser)
+    for rule in rules:
+        rule.after_backward(accelerator.unwrap_model(model))
+    if config.clip is not None:
+        norm = accelerator.clip_grad_norm_(parameters, config.clip)
+        # fp16 overflows now and then by design: its scaler skips that step
+        if accelerator.scaler is None and not torch.isfinite(norm):
+            raise TrainingError(
+                f"a gradient is NaN or infinite at epoch {epoch}, batch {number}, "
+                f"samples {_shorten(batch.ids)}, although the loss is finite. Lower "
+                "the learning rate, or look for sqrt or division at zero."
+            )
+    optimiser.step()
+    for rule in rules:
+        rule.after_step(accelerator.unwrap_model(model))
+
+
+def _accelerator(config: TrainConfig):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+
+    cpu = config.device == "cpu" or not torch.cuda.is_available()
+    if AcceleratorState._shared_state:
+        # a notebook trains many models: let each choose its own precision and device
+        single = PartialState().num_processes == 1
+        AcceleratorState._reset_state(reset_partial_state=single)
+    return Accelerator(
+        cpu=cpu,
+        mixed_precision=config.precision,
+        gradient_accumulation_steps=config.accumulate,
+        step_scheduler_with_optimizer=False,
+    )
+
+
+def _optimiser(config: TrainConfig, parameters) -> torch.optim.Optimizer:
+    common = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+    if config.optimiser == "sgd":
+        return torch.optim.SGD(parameters, momentum=0.9, **common)
+    kind = torch.optim.AdamW if config.optimiser == "adamw" else torch.optim.Adam
+    return kind(parameters, **common)
+
+
+def _scheduler(config: TrainConfig, optimiser, per_epoch: int):
+    if config.schedule == "constant":
+        return None
+    inner = getattr(optimiser, "optimizer", optimiser)
+    if config.schedule == "plateau":
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(inner, patience=10)
+    total = max(per_epoch * config.epochs, 1)
+    warm = int(config.warmup * total)
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
+
+    return torch.optim.lr_scheduler.LambdaLR(inner, factor)
+
+
+def _progress(epochs: int, done: int):
+    from tqdm.auto import tqdm
+
+    quiet = "MMSA_CHAPTER" in os.environ or not (
+        sys.stderr.isatty() or "ipykernel" in sys.modules
+    )
+    return tqdm(total=epochs, initial=done, desc="epochs", disable=quiet, leave=False)
+
+
+def _shorten(ids: Sequence[str], most: int = 8) -> str:
+    return ", ".join(ids[:most]) + (", ..." if len(ids) > most else "")
+
+
+def _require_finite(loss: Tensor, output, batch: Batch, epoch: int, number: int):
+    if torch.isfinite(loss):
+        return
+    blame = []
+    for m, x in batch.features.items():
+        rows = ~torch.isfinite(x).flatten(1).all(1)
+        if rows.any():
+            ids = [i for i, bad in zip(batch.ids, rows.tolist(), strict=True) if bad]
+            blame.append(f"features of {m!r} are not finite in {_shorten(ids)}")
+    for name, p in getattr(output, "predictions", {}).items():
+        rows = ~torch.isfinite(p.detach()).flatten(1).all(1)
+        if rows.any():
+            ids = [i for i, bad in zip(batch.ids, rows.tolist(), strict=True) if bad]
+            blame.append(f"predictions of {name!r} are not finite in {_shorten(ids)}")
+    why = "; ".join(blame) or "inputs and predictions are finite, so the loss itself"
+    raise TrainingError(
+        f"the loss is {loss.item()} at epoch {epoch}, batch {number}, samples "
+        f"{_shorten(batch.ids)}: {why}. Clean the features when the corpus is built, "
+        "or lower the learning rate."
+    )
+
+
+class _State:
+    """Everything a killed run needs to go on exactly where it was."""
+
+    def __init__(self, config, corpus, accelerator, model, optimiser, scheduler, rules):
+        self.config, self.corpus, self.accelerator = config, corpus, accelerator
+        self.model, self.optimiser, self.scheduler = model, optimiser, scheduler
+        self.rules = rules
+        self.epoch = self.batches_done = self.samples = 0
+        self.loss_sum = 0.0
+        self.history: list[dict] = []
+        self.best: dict[str, Tensor] = {}
+        self.best_value, self.best_epoch = math.inf, None
+
+    @property
+    def module(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def path(self) -> Path | None:
+        folder = self.config.checkpoint
+        return Path(folder) / "state.pt" if folder else None
+
+    def run_key(self) -> str:
+        """Identifies the run: a checkpoint of another one must not be continued."""
+        config = asdict(self.config)
+        for key in ("checkpoint", "checkpoint_steps", "device"):
+            config.pop(key)
+        shapes = [(k, tuple(v.shape)) for k, v in self.module.state_dict().items()]
+        text = f"{sorted(config.items())} {self.corpus.fingerprint} {shapes}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def stopped(self, patience: int | None) -> bool:
+        if patience is None or self.best_epoch is None:
+            return False
+        return self.epoch - 1 - self.best_epoch >= patience
+
+    def end_epoch(self, valid: float, seconds: float) -> None:
+        # every process needs the same training loss: sum it over all of them
+        sums = torch.tensor(
+            [self.loss_sum, self.samples],
+            dtype=torch.float64,
+            device=self.accelerator.device,
+        )
+        sums = self.accelerator.reduce(sums, reduction="sum")
+        row = {
+            "epoch": self.epoch,
+            "train": float(sums[0] / sums[1]),
+            "valid": valid,
+            "seconds": round(seconds, 3),
+        }
+        for rule in self.rules:
+            rule.epoch_end(row)
+        self.history.append(row)
+        if valid < self.best_value:
+            self.best_value, self.best_epoch = valid, self.epoch
+            self.best = {
+                k: v.detach().cpu().clone() for k, v in self.module.state_dict().items()
+            }
+        self.epoch += 1
+        self.batches_done, self.samples, self.loss_sum = 0, 0, 0.0
+
+    def save(self) -> None:
+        if self.path is None or not self.accelerator.is_main_process:
+            return
+        body = {
+            "key": self.run_key(),
+            "model": self.module.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler else {},
+            "scaler": self.accelerator.scaler.state_dict()
+            if self.accelerator.scaler
+            else {},
+            "rules": [rule.state_dict() for rule in self.rules],
+            "epoch": self.epoch,
+            "batches_done": self.batches_done,
+            "samples": self.samples,
+            "loss_sum": self.loss_sum,
+            "history": self.history,
+            "best": self.best,
+            "best_value": self.best_value,
+            "best_epoch": self.best_epoch,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(body, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+        except (OSError, RuntimeError) as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise TrainingError(
+                f"could not write the checkpoint {self.path}: {error}. Free disk space "
+                "or choose another folder; the previous checkpoint is untouched."
+            ) from error
+
+    def resume(self) -> None:
+        if self.path is None or not self.path.is_file():
+            return
+        try:
+            body = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise TrainingError(
+                f"the checkpoint {self.path} cannot be read ({error}). Delete it to "
+                "start again."
+            ) from error
+        if body["key"] != self.run_key():
+            raise TrainingError(
+                f"the checkpoint {self.path} belongs to another run (its configuration,"
+                " corpus or model differ). Delete it or choose another folder."
+            )
+        self.module.load_state_dict(body["model"])
+        self.optimiser.load_state_dict(body["optimiser"])
+        if self.scheduler:
+            self.scheduler.load_state_dict(body["scheduler"])
+        if self.accelerator.scaler and body["scaler"]:
+            self.accelerator.scaler.load_state_dict(body["scaler"])
+        for rule, saved in zip(self.rules, body["rules"], strict=True):
+            rule.load_state_dict(saved)
+        for name in (
+            "epoch", "batches_done", "samples", "loss_sum",
+            "history", "best", "best_value", "best_epoch",
+        ):  # fmt: skip
+            setattr(self, name, body[name])
+
+
+def _count(module: nn.Module) -> tuple[int, int]:
+    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    return sum(n for n, train in sizes if train), sum(n for n, _ in sizes)
+
+
+def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """Content hash of every parameter and buffer of a module."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        data = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(data.shape)} {data.dtype}".encode())
+        digest.update(data.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- the evaluator
+
+EVAL_BATCH = 256
+
+
+@torch.inference_mode()
+def _mean_loss(module: nn.Module, split: Split, loss: Loss, config) -> float:
+    """The loss averaged over the samples of a split, in eval mode."""
+    device = next(module.parameters()).device
+    module.eval()
+    total = 0.0
+    for batch in split.batches(EVAL_BATCH):
+        batch = batch.to(device)
+        with _autocast(device, config.precision):
+            value = loss(module(batch), batch)
+        total += float(value) * len(batch)
+    if not math.isfinite(total):
+        raise TrainingError(
+            f"the {split.name} loss is not finite: the model has diverged or the "
+            "features of that split hold NaN. Lower the learning rate or clean them."
+        )
+    return total / len(split)
+
+
+@torch.inference_mode()
+def _predict(module: nn.Module, split: Split, label: str, config) -> np.ndarray:
+    device = next(module.parameters()).device
+    module.eval()
+    parts = []
+    for batch in split.batches(EVAL_BATCH):
+        with _autocast(device, config.precision):
+            output = module(batch.to(device))
+        if label not in output.predictions:
+            raise unknown("prediction", label, output.predictions)
+        parts.append(output.predictions[label].float().cpu())
+    return torch.cat(parts).numpy()
+
+
+def _autocast(device: torch.device, precision: str):
+    if precision == "no":
+        return contextlib.nullcontext()
+    kind = torch.bfloat16 if precision == "bf16" else torch.float16
+    return torch.autocast(device.type, dtype=kind)
+
+
+def select(
+    candidates: Mapping[str, Callable[[Split], np.ndarray]],
+    corpus: Corpus,
+    label: str = "sentiment",
+) -> Frozen:
+    """Choose among fitted predictors by validation MAE; freeze the best.
+
+    candidates: name -> function of a split giving (n, k) predictions. Ties go to the
+    first. A single candidate is allowed: nothing is chosen, and the receipt says so.
+    """
+    if not candidates:
+        raise TrainingError("there is no candidate to select from")
+    truth = corpus.valid.labels[label]
+    scores, outputs = {}, {}
+    for name, predictor in candidates.items():
+        outputs[name] = _checked(predictor(corpus.valid), truth.shape, name)
+        scores[name] = float(np.abs(outputs[name] - truth).mean())
+    best = min(scores, key=scores.__getitem__)
+    predictor = candidates[best]
+    receipt = Receipt(
+        corpus=corpus.fingerprint,
+        artefact=hashlib.sha256(outputs[best].tobytes()).hexdigest(),
+        metric="validation MAE",
+        value=scores[best],
+        candidates=len(candidates),
+    )
+    return Frozen(
+        predict=lambda split, _label: np.asarray(predictor(split)),
+        receipt=receipt,
+        selection=f"lowest validation MAE of {len(candidates)} candidates",
+        chosen=best,
+    )
+
+
+def _checked(prediction, shape: tuple[int, ...], name: str) -> np.ndarray:
+    prediction = np.asarray(prediction, dtype=np.float64)
+    if prediction.shape != shape:
+        raise TrainingError(
+            f"{name!r} predicts shape {prediction.shape}, the labels are {shape}"
+        )
+    return prediction
+
+
+def evaluate(
+    frozen: Frozen, corpus: Corpus, split: str = "test", *, label: str = "sentiment"
+) -> Predictions:
+    """Predict one split with a frozen predictor; the way to test metrics.
+
+    Raises `SealedError` when `frozen` is not a `Frozen`, or when the weights of its
+    module changed after validation froze them.
+    """
+    if not isinstance(frozen, Frozen):
+        raise SealedError(
+            f"evaluate needs a Frozen from training.fit or training.select, found "
+            f"{type(frozen).__name__}: select by validation before you test"
+        )
+    if (
+        frozen.module is not None
+        and weights_sha256(frozen.module) != frozen.receipt.artefact
+    ):
+        raise SealedError(
+            "the weights changed after validation had frozen them; train again with "
+            "training.fit, or select among the variants with training.select"
+        )
+    part = corpus[split]
+    prediction = frozen.predict(part, label)
+    part = part.unseal(frozen.receipt) if part.sealed else part
+    if label not in part.labels:
+        raise unknown("label", label, part.labels)
+    truth = part.labels[label]
+    if truth.ndim == 2 and truth.shape[1] == 1:
+        truth, prediction = truth[:, 0], prediction[:, 0]
+    return Predictions(list(part.ids), truth, prediction, split, corpus.fingerprint)
