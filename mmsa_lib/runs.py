@@ -18,6 +18,7 @@ import resource
 import statistics as pystats
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -373,11 +374,13 @@ def experiment(
     return record
 
 
-def _report(predictions) -> dict[str, float]:
+def _report(predictions) -> dict[str, float | None]:
     from mmsa_lib import metrics
 
-    report = metrics.sentiment_report(predictions.truth, predictions.prediction)
-    # JSON has no NaN: an undefined metric (correlation of a constant) is null
+    with warnings.catch_warnings():
+        # a constant predictor has no correlation; the record says so with null
+        warnings.filterwarnings("ignore", "correlation is undefined")
+        report = metrics.sentiment_report(predictions.truth, predictions.prediction)
     return {k: None if math.isnan(v) else round(float(v), 6) for k, v in report.items()}
 
 

@@ -1,0 +1,137 @@
+"""Records: content-addressed, never edited, and the source of numbers on a page."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from toy import ToyModel, toy_corpus
+
+from mmsa_lib import runs
+from mmsa_lib.errors import UnknownNameError
+from mmsa_lib.methods.baselines import constants
+from mmsa_lib.runs import RecordError
+from mmsa_lib.training import TrainConfig, fit, select
+
+CORPUS = toy_corpus()
+
+
+@pytest.fixture(autouse=True)
+def records(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMSA_RECORDS", str(tmp_path / "records"))
+    return tmp_path / "records"
+
+
+def train(seed):
+    config = TrainConfig(epochs=2, batch_size=16, device="cpu", seed=seed)
+    return fit(lambda: ToyModel(CORPUS.dims), CORPUS, config)
+
+
+def test_an_experiment_records_everything_a_reader_needs(records):
+    record = runs.experiment("toy", train, CORPUS, [0, 1], parameters={"lr": 1e-3})
+    assert [p.name for p in records.iterdir()] == [f"toy-{record.id[:12]}.json"]
+    assert record.corpus["sha256"] == CORPUS.fingerprint
+    assert record.corpus["sizes"] == {"train": 48, "valid": 16, "test": 16}
+    assert record.synthetic
+    assert record.seeds == [0, 1]
+    assert record.resources["trainable_parameters"] == 8 * 7 + 8 * 5 + 17
+    assert record.resources["peak_ram_mib"] > 50
+    for entry in record.per_seed:
+        assert {"mae", "corr", "acc2_non0", "acc7"} <= set(entry["test"])
+        assert len(entry["predictions"]) == 16
+        assert len(entry["valid_curve"]) == entry["epochs"] == 2
+        prediction = np.array(entry["predictions"])
+        truth = CORPUS.test.unseal(train(0).receipt).labels["sentiment"][:, 0]
+        mae = np.abs(prediction - truth).mean()
+        assert entry["test"]["mae"] == pytest.approx(mae, abs=1e-4)
+    values = record.values("test.mae")
+    assert record.mean("test.mae") == pytest.approx(np.mean(values))
+    assert record.sd("test.mae") == pytest.approx(np.std(values, ddof=1))
+    assert len(record.code["closure_sha256"]) == 64
+
+
+def test_records_are_content_addressed_and_an_edit_is_noticed(records):
+    record = runs.experiment("toy", train, CORPUS, [0])
+    path = next(records.iterdir())
+    assert runs.load(path) == record
+    assert runs.save(record) == path
+    body = json.loads(path.read_text())
+    body["per_seed"][0]["test"]["mae"] = 0.1
+    path.write_text(json.dumps(body))
+    with pytest.raises(RecordError, match="edited"):
+        runs.load(path)
+    path.write_text("{}")
+    with pytest.raises(RecordError, match="not a run record"):
+        runs.load(path)
+
+
+def test_undefined_metrics_are_null_on_disk_and_nan_in_memory(records):
+    record = runs.experiment(
+        "mean", lambda seed: select(constants(CORPUS), CORPUS), CORPUS, [0]
+    )
+    assert math.isnan(record.mean("test.corr"))
+    assert '"corr": null' in next(records.iterdir()).read_text()
+    assert str(runs.number(record, "test.corr")) == "–"
+
+
+def test_unknown_field_names_the_known_ones():
+    record = runs.experiment("toy", train, CORPUS, [0])
+    with pytest.raises(UnknownNameError, match="mae"):
+        record.values("test.mea")
+    with pytest.raises(UnknownNameError, match="toy"):
+        runs.find("tyo", folder=runs.records_folder())
+    assert runs.find("toy", folder=runs.records_folder()) == record
+
+
+def test_names_are_file_names():
+    with pytest.raises(RecordError, match="lower-case"):
+        runs.experiment("../toy", train, CORPUS, [0])
+
+
+def test_every_number_of_a_table_names_its_record_and_value():
+    record = runs.experiment("toy", train, CORPUS, [0, 1])
+    page = runs.table([record], {"MAE": "test.mae", "Acc-2": "test.acc2_non0"}).data
+    marks = re.findall(
+        r'<data class="rec" value="([^"]+)" data-record="([^"]+)" data-path="([^"]+)"',
+        page,
+    )
+    assert [m[2] for m in marks] == [
+        "mean(test.mae)",
+        "sd(test.mae)",
+        "mean(test.acc2_non0)",
+    ]
+    assert all(m[1] == record.id[:12] for m in marks)
+    assert float(marks[0][0]) == record.mean("test.mae")
+    assert f">{record.mean('test.mae'):.3f}</data>" in page
+    assert "Synthetic corpus" in page
+    sentence = runs.say("MAE {mae}.", mae=runs.number(record, "test.mae")).data
+    assert marks[0][0] in sentence
+
+
+def test_real_and_synthetic_never_share_a_table():
+    record = runs.experiment("toy", train, CORPUS, [0])
+    real = runs.replace(record, corpus=record.corpus | {"synthetic": False})
+    with pytest.raises(RecordError, match="synthetic and real"):
+        runs.table([record, real], {"MAE": "test.mae"})
+
+
+def test_run_card_shows_cost_and_origin():
+    record = runs.experiment("toy", train, CORPUS, [0, 1])
+    card = runs.run_card([record]).data
+    for text in ("Training time", "Peak memory", "113", "toy (synthetic)", "0, 1"):
+        assert text in card
+
+
+def test_benchmarks_are_records_too(tmp_path):
+    rows = [{"what": "step", "ratio": 1.5}]
+    path = runs.save_benchmark("speed", rows, settings={"B": 64}, out=tmp_path)
+    assert runs.load(path).rows == rows
+    assert runs.load(path).kind == "benchmark"
+
+
+def test_importing_runs_does_not_load_torch():
+    code = "import sys, mmsa_lib.runs; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
