@@ -398,9 +398,10 @@ class Number:
     suffix: str = ""
 
     def __str__(self) -> str:
-        return f"{self.value:.{self.digits}f}{self.suffix}".replace(
-            "-", "\N{MINUS SIGN}"
-        )
+        if math.isnan(self.value):
+            return "–"
+        text = f"{self.value:,.{self.digits}f}{self.suffix}"
+        return text.replace("-", "\N{MINUS SIGN}")
 
     def _repr_html_(self) -> str:
         return (
@@ -481,8 +482,7 @@ def _cell(record: RunRecord, path: str, digits: int, with_sd: bool) -> str:
         value = _walk(asdict(record), path.removeprefix("field:"))
         if value is None:
             return "–"
-        shown = Number(float(value), record.id, path, 0)
-        return shown._repr_html_().replace(f">{value}<", f">{value:,}<")
+        return Number(float(value), record.id, path, 0)._repr_html_()
     text = number(record, path, digits=digits)._repr_html_()
     if with_sd and len(record.seeds) > 1:
         text += " ± " + number(record, path, of="sd", digits=digits)._repr_html_()
