@@ -26,6 +26,18 @@ class TrainingError(MmsaError, RuntimeError):
     """Training cannot go on; the message names the batch or the file."""
 
 
+class MetricError(MmsaError, ValueError):
+    """Values cannot be scored or compared: wrong shape, NaN, or too few of them."""
+
+
+class ConfigError(MmsaError, ValueError):
+    """A configuration that nothing can be built from."""
+
+
+class BookError(MmsaError, RuntimeError):
+    """The book cannot be executed or rendered; the message names file and cell."""
+
+
 class UnknownNameError(MmsaError, KeyError):
     """A name (corpus, chapter, parameter, modality) that does not exist."""
 
