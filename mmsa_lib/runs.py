@@ -45,7 +45,7 @@ class RunRecord:
     """
 
     name: str
-    kind: str  # "training", "evaluation" or "benchmark"
+    kind: str  # "training", "measurement", "comparison" or "benchmark"
     created: str
     chapter: str | None = None
     profile: str | None = None
@@ -57,7 +57,7 @@ class RunRecord:
     resources: dict = field(default_factory=dict)
     selection: str = ""
     per_seed: list[dict] = field(default_factory=list)
-    rows: list[dict] = field(default_factory=list)  # of a benchmark
+    rows: list[dict] = field(default_factory=list)  # what is not per seed
     status: str = "complete"
     schema: int = SCHEMA
     id: str = ""
@@ -83,6 +83,9 @@ class RunRecord:
 
 def _walk(entry: Mapping, path: str):
     for key in path.split("."):
+        if isinstance(entry, list) and key.isdecimal() and int(key) < len(entry):
+            entry = entry[int(key)]
+            continue
         if not isinstance(entry, Mapping) or key not in entry:
             known = entry if isinstance(entry, Mapping) else ()
             raise unknown("record field", f"{key} (of {path})", map(str, known))
@@ -374,6 +377,48 @@ def experiment(
     return record
 
 
+def measure(name: str, corpus=None, **values: float) -> RunRecord:
+    """Record facts that no training produced: an oracle's error, a parameter count."""
+    record = _new(
+        name,
+        "measurement",
+        corpus=corpus_facts(corpus) if corpus is not None else {},
+        rows=[{k: float(v) for k, v in values.items()}],
+        resources=peak_memory(),
+    )
+    record = seal(record)
+    save(record)
+    return record
+
+
+def compare(
+    a: RunRecord, b: RunRecord, metric: str = "mae", *, names: tuple[str, str]
+) -> RunRecord:
+    """Paired comparison of two experiments over their common seeds, as a record.
+
+    The row holds every field of `statistics.Comparison` and its verdict in words.
+    """
+    from mmsa_lib import statistics
+
+    if a.seeds != b.seeds or a.corpus.get("sha256") != b.corpus.get("sha256"):
+        raise RecordError(
+            f"{a.name} and {b.name} are paired by seed and corpus: run both on the "
+            f"same ones (found {a.seeds} and {b.seeds})"
+        )
+    path = f"test.{metric}"
+    found = statistics.compare(a.values(path), b.values(path), metric, names=names)
+    record = _new(
+        f"{a.name}-against-{b.name}",
+        "comparison",
+        seeds=a.seeds,
+        corpus=a.corpus,
+        rows=[{"a": a.id, "b": b.id, **asdict(found), "verdict": found.verdict}],
+    )
+    record = seal(record)
+    save(record)
+    return record
+
+
 def _report(predictions) -> dict[str, float | None]:
     from mmsa_lib import metrics
 
@@ -430,6 +475,23 @@ def say(template: str, **numbers: Number):
     return HTML(f"<p>{template.format(**parts)}</p>")
 
 
+def value(record: RunRecord, key: str, *, digits: int = 3, suffix: str = "") -> Number:
+    """A number of a `measure` or benchmark record's first row."""
+    return number(record, f"rows.0.{key}", of="field", digits=digits, suffix=suffix)
+
+
+def verdict(*records: RunRecord):
+    """The verdicts of `compare`, a line each, marked with their records."""
+    from IPython.display import HTML
+
+    lines = [
+        f'<li class="rec" data-record="{r.id[:12]}" data-path="rows.0.verdict">'
+        f"{html.escape(_walk(asdict(r), 'rows.0.verdict'))}</li>"
+        for r in records
+    ]
+    return HTML(f"<ul>{''.join(lines)}</ul>")
+
+
 def table(
     records: Iterable[RunRecord],
     columns: Mapping[str, str],
@@ -474,6 +536,38 @@ def table(
         f'<div class="rec-table"><table class="{kind}"><caption>{html.escape(note)}'
         f"</caption><thead><tr><th></th>{head}</tr></thead>"
         f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def reference_table(path: Path | str, columns: Mapping[str, str]):
+    """An HTML table of numbers that were measured elsewhere, read from a YAML file.
+
+    The file has `caption`, and `rows` with `model` and the metrics named by `columns`
+    (heading -> key); a missing one prints as a dash. Such numbers have no record, so
+    the caption must say where they come from.
+    """
+    import yaml
+    from IPython.display import HTML
+
+    body = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not body.get("caption"):
+        raise RecordError(f"{Path(path).name} needs a caption with its source")
+    head = "".join(f"<th scope='col'>{html.escape(c)}</th>" for c in columns)
+    rows = []
+    for i, row in enumerate(body["rows"]):
+        cells = "".join(
+            f'<td><data class="ref" data-source="{Path(path).name}" '
+            f'data-path="rows.{i}.{key}">{html.escape(str(row.get(key, "–")))}</data>'
+            "</td>"
+            for key in columns.values()
+        )
+        name = html.escape(row["model"])
+        rows.append(f"<tr><th scope='row'>{name}</th>{cells}</tr>")
+    return HTML(
+        '<div class="rec-table"><table class="reference">'
+        f"<caption>{html.escape(body['caption'])}</caption>"
+        f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+        "</table></div>"
     )
 
 

@@ -135,3 +135,34 @@ def test_benchmarks_are_records_too(tmp_path):
 def test_importing_runs_does_not_load_torch():
     code = "import sys, mmsa_lib.runs; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_comparisons_pair_seeds_and_state_their_verdict():
+    a = runs.experiment("first", train, CORPUS, [0, 1])
+    b = runs.experiment("second", lambda s: train(s + 5), CORPUS, [0, 1])
+    found = runs.compare(a, b, names=("first", "second"))
+    difference = np.mean(np.subtract(a.values("test.mae"), b.values("test.mae")))
+    assert float(runs.value(found, "difference").value) == pytest.approx(difference)
+    page = runs.verdict(found).data
+    assert found.rows[0]["verdict"].split(":")[0] in page
+    assert found.id[:12] in page
+    other = runs.experiment("third", train, CORPUS, [0])
+    with pytest.raises(RecordError, match="paired by seed"):
+        runs.compare(a, other, names=("a", "b"))
+
+
+def test_measurements_give_numbers(records):
+    found = runs.measure("floor", CORPUS, oracle=0.25)
+    assert str(runs.value(found, "oracle", digits=2)) == "0.25"
+    assert runs.load(next(records.iterdir())) == found
+
+
+def test_reference_tables_need_a_source(tmp_path):
+    path = tmp_path / "elsewhere.yml"
+    path.write_text("caption: measured by X\nrows: [{model: ridge, mae: '.954'}]\n")
+    page = runs.reference_table(path, {"MAE": "mae", "r": "corr"}).data
+    assert ">.954</data>" in page
+    assert ">–</data>" in page
+    path.write_text("rows: []\n")
+    with pytest.raises(RecordError, match="source"):
+        runs.reference_table(path, {"MAE": "mae"})

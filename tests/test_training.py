@@ -105,9 +105,7 @@ def test_accumulation_equals_a_larger_batch():
         CORPUS,
         config(batch_size=8, accumulate=2, optimiser="sgd", clip=None),
     )
-    for a, b in zip(
-        big.module.parameters(), small.module.parameters(), strict=True
-    ):
+    for a, b in zip(big.module.parameters(), small.module.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 

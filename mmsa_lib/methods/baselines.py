@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from mmsa_lib.corpora.schema import Corpus, Split
 
 Predictor = Callable[[Split], np.ndarray]  # split -> (n, k)
-ALPHAS = tuple(10.0**k for k in range(-1, 6))
+ALPHAS = tuple(10.0 ** (k / 2) for k in range(-2, 10))
 
 
 def pooled(split: Split, modalities: Sequence[str] | None = None) -> np.ndarray:

@@ -1,0 +1,618 @@
+"""The press: chapters are found, executed once, rendered strictly; errors are named."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT
+
+from mmsa_lib.errors import BookError, UnknownNameError
+from mmsa_lib.press import cli
+from mmsa_lib.press.chapters import UNCLEAR, find_root, open_book, parse, read_chapter
+from mmsa_lib.press.closure import reach
+from mmsa_lib.press.files import write_atomic
+from mmsa_lib.press.freshness import states
+
+HEADER = """\
+---
+jupytext:
+  text_representation:
+    extension: .md
+    format_name: myst
+kernelspec:
+  display_name: Python 3
+  language: python
+  name: python3
+---
+"""
+CONFIG = """\
+title: Tiny
+sphinx:
+  config:
+    suppress_warnings: ["myst.domains"]
+"""
+
+
+def cell(source: str, options: str = "") -> str:
+    return f"```{{code-cell}} ipython3\n{options}{source}\n```\n\n"
+
+
+def chapter(title: str, *cells: str, parameters: str = 'profile = "none"') -> str:
+    first = cell(parameters, ":tags: [parameters]\n")
+    return f"{HEADER}\n# {title}\n\n{first}" + "".join(map(cell, cells))
+
+
+def make_project(root: Path, chapters: dict[str, str]) -> Path:
+    """A book with a library of its own, one module of which no chapter reaches."""
+    files = {
+        "_config.yml": CONFIG,
+        "_toc.yml": "format: jb-book\nroot: book/index\nchapters:\n"
+        + "".join(f"  - file: book/{name}\n" for name in chapters),
+        "book/index.md": "# Tiny\n\nA book.\n",
+        "book/profiles/quick.yml": "all:\n  profile: quick\n",
+        "mmsa_lib/__init__.py": "",
+        "mmsa_lib/used.py": "VALUE = 17\n",
+        "mmsa_lib/unused.py": "VALUE = 18\n",
+    }
+    files |= {f"book/{name}.md": text for name, text in chapters.items()}
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def mmsa_book(capsys, *arguments: str) -> tuple[int, str]:
+    """Exit status and everything printed, in this process."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(arguments))
+    printed = capsys.readouterr()
+    return stop.value.code or 0, printed.out + printed.err
+
+
+def start(root: Path, *arguments: str, **more) -> subprocess.Popen:
+    """The command as a process of its own, with this library, on another book."""
+    # -P: the library of the book under test must not shadow this one
+    program = "from mmsa_lib.press.cli import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", program, *arguments],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **more,
+    )
+
+
+# ---------------------------------------------------------------- reading
+
+
+def test_cells_are_those_of_jupytext(tmp_path):
+    import jupytext
+
+    tricky = (
+        chapter("Tricky", "x = '''\n~~~\n'''", "# only a comment")
+        + "````md\n```{code-cell}\nnot_a_cell = 1\n```\n````\n\n"
+        + "```python\nnot_a_cell = 2\n```\n\n"
+        + cell(
+            "y = 2", "---\ntags: [hide-input, remove-output]\nmystnb:\n  a: b\n---\n"
+        )
+        + "~~~{code-cell}\nz = 3\n~~~\n\n- a list\n  ```{code-cell}\n  no = 1\n  ```\n"
+        + "````{code-cell}\ntext = '```'\n````\n"
+    )
+    (tmp_path / "tricky.md").write_text(tricky)
+    for path in [tmp_path / "tricky.md", *sorted((ROOT / "book").glob("*.md"))]:
+        ours = read_chapter(path)
+        if ours is None:
+            continue
+        theirs = jupytext.reads(path.read_text(), fmt="md:myst").cells
+        theirs = [c for c in theirs if c.cell_type == "code"]
+        assert [c.source for c in ours.cells] == [c.source for c in theirs]
+        tags = [tuple(c.metadata.get("tags", [])) for c in theirs]
+        assert [c.tags for c in ours.cells] == tags
+        lines = path.read_text().splitlines()
+        for c in ours.cells:
+            assert "{code-cell}" in lines[c.line - 1]
+
+
+def test_parameters_and_their_types(tmp_path):
+    source = (
+        'corpus = "puppets"  # a name\nseeds = [0, 1]\nepochs: int = 3\nlr = 1e-3\n'
+        "flag = True\ndevice = None\nunclear = max(1, 2)\nprint(corpus)"
+    )
+    path = tmp_path / "a.md"
+    path.write_text(chapter("A", "epochs = 99", parameters=source))
+    a = read_chapter(path)
+    assert a.parameters == {
+        "corpus": "puppets",
+        "seeds": [0, 1],
+        "epochs": 3,
+        "lr": 1e-3,
+        "flag": True,
+        "device": None,
+        "unclear": UNCLEAR,
+    }
+    good = {"corpus": "mosi", "seeds": [4], "lr": 1, "device": "cuda", "unclear": {}}
+    assert a.check(good) == good
+    bad = {"epochs": 2.5, "seeds": 3, "flag": 1, "lr": "fast", "corpus": 7}
+    for name, value in bad.items():
+        with pytest.raises(BookError, match=f"parameter {name} of a is .* by default"):
+            a.check({name: value})
+    with pytest.raises(UnknownNameError, match=r"Did you mean 'epochs'.*seeds"):
+        a.check({"epoch": 3})
+    # as typed on the command line
+    found = cli._parameters(a, ["corpus=123", "seeds=[7]", "lr=1e-2", "device=null"])
+    assert found == {"corpus": "123", "seeds": [7], "lr": 0.01, "device": None}
+
+
+def test_command_line_pairs():
+    words = ["run", "a", "-p", "lr", "-1", "-p", "seeds=[0]", "--out", "b", "-p", "x"]
+    assert cli._join_pairs(words) == [
+        *("run", "a", "-p", "lr=-1", "-p", "seeds=[0]", "--out", "b", "-p", "x"),
+    ]
+
+
+def test_wrong_books_are_refused(tmp_path):
+    with pytest.raises(BookError, match="no book here"):
+        find_root(tmp_path)
+    root = make_project(tmp_path, {"a": chapter("A", "1")})
+    assert find_root(root / "book") == root
+    assert list(open_book(root).chapters) == ["a"]
+
+    (root / "book/forgotten.md").write_text("# Forgotten\n")
+    with pytest.raises(BookError, match=r"book/forgotten\.md.*not in _toc\.yml"):
+        open_book(root)
+    (root / "book/forgotten.md").unlink()
+
+    toc = (root / "_toc.yml").read_text()
+    (root / "_toc.yml").write_text(toc + "  - file: book/lost\n")
+    with pytest.raises(
+        BookError, match=r"names 'book/lost' but lost\.md does not exist"
+    ):
+        open_book(root)
+    (root / "_toc.yml").write_text(toc + "  - file: book/a\n")
+    with pytest.raises(BookError, match="twice"):
+        open_book(root)
+    (root / "_toc.yml").write_text(toc)
+
+    (root / "book/a.md").write_text(
+        chapter("A", "1").replace("language: python", "x: y")
+    )
+    with pytest.raises(BookError, match="language: python"):
+        open_book(root)
+
+
+def test_profiles_know_their_chapters_and_parameters(tmp_path):
+    two = {"a": chapter("A", "1", parameters="profile = ''\nepochs = 1")}
+    root = make_project(tmp_path, two | {"b": chapter("B", "1")})
+    quick = root / "book/profiles/quick.yml"
+    quick.write_text("all: {profile: q, epochs: 5}\nchapters: {a: {epochs: 9}}\n")
+    assert open_book(root).profile("quick") == {
+        "a": {"profile": "q", "epochs": 9},
+        "b": {"profile": "q"},
+    }
+    for text, error in {
+        "chapters: {c: {epochs: 1}}": "unknown chapter 'c'",
+        "chapters: {b: {epochs: 1}}": "unknown parameter of b 'epochs'",
+        "chapter: {}": "unknown key in quick.yml 'chapter'",
+    }.items():
+        quick.write_text(text)
+        with pytest.raises(UnknownNameError, match=error):
+            open_book(root).profile("quick")
+    with pytest.raises(UnknownNameError, match=r"unknown profile 'quik'.*'quick'"):
+        open_book(root).profile("quik")
+
+
+# ---------------------------------------------------------------- closure
+
+
+@pytest.fixture
+def library(tmp_path) -> Path:
+    files = {
+        "__init__.py": "",
+        "errors.py": "",
+        "runs.py": "from mmsa_lib.errors import E\n",
+        "training.py": "def f():\n    from . import runs\n",
+        "nets/__init__.py": "from .encoder import Encoder\n",
+        "nets/encoder.py": "from ..errors import E\nimport numpy\n",
+        "nets/fusion.py": "import mmsa_lib.nets.encoder as e\n",
+        "corpora/__init__.py": "from importlib import import_module\n"
+        "def load(name):\n    return import_module(f'mmsa_lib.corpora.{name}')\n",
+        "corpora/puppets.py": "",
+        "corpora/mosi.py": "from mmsa_lib import errors\n",
+        "corpora/words/list.txt": "good bad",
+        "lazy.py": "import importlib\nm = importlib.import_module('mmsa_lib.runs')\n",
+        "loop.py": "import mmsa_lib.pool\n",
+        "pool.py": "import mmsa_lib.loop\n",
+    }
+    for name, text in files.items():
+        path = tmp_path / "mmsa_lib" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("code", "files"),
+    [
+        ("import numpy", ""),
+        ("import mmsa_lib", "__init__"),
+        ("import mmsa_lib.errors as e", "__init__ errors"),
+        ("from mmsa_lib import runs, nothing", "__init__ errors runs"),
+        ("from mmsa_lib.runs import load", "__init__ errors runs"),
+        ("def f():\n    import mmsa_lib.training", "__init__ errors runs training"),
+        ("from mmsa_lib.nets.fusion import Late", "nets/fusion NETS"),
+        ("from mmsa_lib import nets", "NETS"),
+        ("import mmsa_lib.loop", "__init__ loop pool"),
+        ("import mmsa_lib.lazy", "__init__ errors lazy runs"),
+        ("__import__('mmsa_lib.errors')", "__init__ errors"),
+        ("%matplotlib inline\nimport mmsa_lib.errors", "__init__ errors"),
+        ("files = !ls\nfrom mmsa_lib.runs import (\n load)", "__init__ errors runs"),
+    ],
+)
+def test_closure(library, code, files):
+    nets = ["__init__", "errors", "nets/__init__", "nets/encoder"]
+    want = {w for f in files.split() for w in (nets if f == "NETS" else [f])}
+    found = reach(library, parse(code))
+    assert set(found) == {f"mmsa_lib/{name}.py" for name in want}
+
+
+def test_closure_is_wide_where_a_name_is_known_at_run_time(library):
+    found = set(reach(library, parse("from mmsa_lib.corpora import load")))
+    names = {"__init__", "corpora/__init__", "corpora/puppets", "corpora/mosi"}
+    files = {f"mmsa_lib/{name}.py" for name in names | {"errors"}}
+    assert found == files | {"mmsa_lib/corpora/words/list.txt"}
+    star = set(reach(library, parse("from mmsa_lib.nets import *")))
+    assert "mmsa_lib/nets/fusion.py" in star
+    everything = set(reach(library, parse("import_module(name)")))
+    assert everything >= {"mmsa_lib/pool.py", "mmsa_lib/nets/fusion.py"}
+
+
+def test_closure_sees_content_not_time(library):
+    code = parse("from mmsa_lib import runs")
+    before = reach(library, code)
+    runs = library / "mmsa_lib/runs.py"
+    os.utime(runs)
+    assert reach(library, code) == before
+    runs.write_text("import mmsa_lib.lazy\n")
+    after = reach(library, code)
+    assert after["mmsa_lib/runs.py"] != before["mmsa_lib/runs.py"]
+    assert "mmsa_lib/lazy.py" in after
+    runs.write_text("def broken(:\n")
+    with pytest.raises(BookError, match=r"mmsa_lib/runs\.py, line 1"):
+        reach(library, code)
+
+
+# ---------------------------------------------------------------- building
+
+
+GOOD = chapter(
+    "Good",
+    "from mmsa_lib.used import VALUE\nprint('value', VALUE, 'profile', profile)",
+    "import os, sys, json, pathlib\n"
+    "names = ['CHAPTER', 'CHAPTER_SHA', 'CLOSURE_SHA', 'PROFILE', 'RECORDS', 'DATA']\n"
+    "env = {n: os.environ['MMSA_' + n] for n in names} | {\n"
+    "    'chapter': os.environ['MMSA_CHAPTER'], 'python': sys.executable,\n"
+    "    'cwd': os.getcwd(), 'threads': os.environ['OMP_NUM_THREADS']}\n"
+    "folder = pathlib.Path(os.environ['MMSA_RECORDS'])\n"
+    "folder.mkdir(parents=True, exist_ok=True)\n"
+    "_ = (folder / 'env-0123456789ab.json').write_text(json.dumps(env, indent=1))",
+)
+BAD = chapter("Bad", "a = 1", "# the culprit\na / 0", "print('never')")
+DEAD = chapter("Dead", "import os\nos._exit(3)")
+
+
+def outputs(root: Path, name: str) -> str:
+    path = root / "_build/executed/quick" / f"{name}.ipynb"
+    cells = json.loads(path.read_text())["cells"]
+    return "".join(
+        "".join(o.get("text", ""))
+        for c in cells
+        if c["cell_type"] == "code"
+        for o in c["outputs"]
+    )
+
+
+def test_the_life_of_a_book(tmp_path, capsys, monkeypatch):
+    """One book from its first build on; each kernel costs seconds, so one story."""
+    root = make_project(tmp_path, {"good": GOOD, "bad": BAD, "dead": DEAD})
+    other = tmp_path / "elsewhere/kernels/python3"  # a foreign kernel must not be used
+    other.mkdir(parents=True)
+    spec = {"argv": ["false"], "display_name": "x", "language": "python"}
+    (other / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "elsewhere"))
+    monkeypatch.delenv("MMSA_DATA", raising=False)
+    monkeypatch.chdir(root)
+    index = root / "_build/html/index.html"
+
+    # two of three chapters fail: both are named, the third is done, nothing rendered
+    code, printed = mmsa_book(capsys, "build")
+    assert code == 1
+    line = (root / "book/bad.md").read_text().splitlines().index("# the culprit")
+    place = f"book/bad.md, code cell 3 of 4 (line {line})"
+    assert f"{place}: ZeroDivisionError: division by zero" in printed
+    assert "book/dead.md, code cell 2 of 2" in printed
+    assert "2 of 3 chapters failed: bad, dead" in printed
+    assert "never" not in printed
+    assert not index.exists()
+    assert outputs(root, "good") == "value 17 profile quick\n"
+    assert not (root / "_build/executed/quick/bad.ipynb").exists()
+    assert "ZeroDivisionError" in (root / "_build/failed/bad.ipynb").read_text()
+
+    env = json.loads((root / "_build/records/env-0123456789ab.json").read_text())
+    (good,) = (s for s in states(open_book(root), "quick") if s.chapter.name == "good")
+    assert good.fresh
+    assert good.noted["records"] == ["env-0123456789ab"]
+    assert env["CHAPTER"] == "good"
+    assert env["PROFILE"] == "quick"
+    assert env["CHAPTER_SHA"] == good.chapter.sha256
+    assert len(env["CLOSURE_SHA"]) == 64
+    assert env["DATA"] == str(root / "data")
+    assert env["cwd"] == str(root / "book")
+    assert Path(env["python"]).samefile(sys.executable)
+
+    # mended, the same command executes only these, and renders
+    (root / "book/bad.md").write_text(chapter("Bad", "print(1)"))
+    (root / "book/dead.md").unlink()
+    toc = (root / "_toc.yml").read_text().replace("  - file: book/dead\n", "")
+    (root / "_toc.yml").write_text(toc)
+    code, printed = mmsa_book(capsys, "build")
+    assert code == 0, printed
+    assert "2 chapters: 1 fresh, 1 to execute" in printed
+    assert "bad: done" in printed
+    assert "good: started" not in printed
+    page = (root / "_build/html/book/good.html").read_text()
+    assert "value 17 profile quick" in page
+    assert index.is_file()
+    executed = (root / "_build/executed/quick/good.ipynb").read_text()
+    injected = [
+        c["metadata"]["tags"]
+        for c in json.loads(executed)["cells"]
+        if "injected-parameters" in c["metadata"].get("tags", [])
+    ]
+    assert injected == [["injected-parameters", "hide-input"]]
+    assert str(tmp_path) not in executed  # no machine path on a page
+
+    # unchanged, it does nothing at all
+    before = {p: p.stat().st_mtime_ns for p in (root / "_build/html").rglob("*")}
+    code, printed = mmsa_book(capsys, "build")
+    assert code == 0
+    assert "2 fresh, 0 to execute" in printed
+    assert "nothing changed" in printed
+    assert before == {
+        p: p.stat().st_mtime_ns for p in (root / "_build/html").rglob("*")
+    }
+
+    # a module that no chapter reaches changes nothing; one that is reached, its chapter
+    (root / "mmsa_lib/unused.py").write_text("VALUE = 0\n")
+    assert all(s.fresh for s in states(open_book(root), "quick"))
+    (root / "mmsa_lib/used.py").write_text("VALUE = 99\n")
+    code, printed = mmsa_book(capsys, "status", "--json")
+    rows = {row["chapter"]: row for row in json.loads(printed)}
+    assert rows["bad"]["state"] == "fresh"
+    assert rows["good"]["state"] == "stale"
+    assert rows["good"]["reasons"] == ["mmsa_lib/used.py edited"]
+    code, printed = mmsa_book(capsys, "status")
+    assert "mmsa_lib/used.py edited" in printed
+
+    # it is executed again; a page that cannot be rendered leaves the last good book
+    (root / "book/index.md").write_text("# Tiny\n\n[gone](gone.md)\n")
+    code, printed = mmsa_book(capsys, "build")
+    assert code == 1
+    assert "good: done" in printed
+    assert "bad: started" not in printed
+    assert (
+        "book/index.md:3: WARNING: 'myst' cross-reference target not found" in printed
+    )
+    assert outputs(root, "good") == "value 99 profile quick\n"
+    assert "value 17" in (root / "_build/html/book/good.html").read_text()
+
+    # an executed notebook that was tampered with is not taken for fresh
+    notebook = root / "_build/executed/quick/good.ipynb"
+    notebook.write_text(notebook.read_text().replace("99", "98"))
+    (good, bad) = states(open_book(root), "quick")
+    assert good.reasons == ("executed notebook missing or altered",)
+    assert bad.fresh
+
+    code, printed = mmsa_book(capsys, "clean")
+    assert code == 0
+    left = {p.name for p in (root / "_build").iterdir()}
+    assert left == {"records"}
+    assert states(open_book(root), "quick")[0].reasons == ("never executed",)
+
+
+def test_run_takes_parameters_of_its_own(tmp_path, capsys, monkeypatch):
+    source = 'profile = "none"\nepochs = 1\ndata_dir = ""\nseeds = [0]'
+    text = chapter("One", "print(profile, epochs, data_dir, seeds)", parameters=source)
+    root = make_project(tmp_path, {"one": text})
+    monkeypatch.chdir(root)
+    for words, message in {
+        ("run", "two"): "unknown chapter 'two'. Known: one.",
+        ("run", "one", "-p", "epoch", "3"): "Did you mean 'epochs'?",
+        ("run", "one", "--profile", "slow"): "unknown profile 'slow'",
+    }.items():
+        code, printed = mmsa_book(capsys, *words)
+        assert code == 2
+        assert message in printed
+    code, printed = mmsa_book(capsys, "run", "one", "-p", "epochs", "many")
+    assert code == 1
+    assert "parameter epochs of one is 1 by default" in printed
+    assert not (root / "_build/runs").exists()
+
+    code, printed = mmsa_book(
+        capsys,
+        *("run", "one", "-p", "epochs", "5", "-p", "data_dir", "data", "--out", "mine"),
+        *("-p", "seeds", "[3, 4]"),
+    )
+    assert code == 0, printed
+    notebook = (root / "mine/one.ipynb").read_text()
+    assert f"quick 5 {root / 'data'} [3, 4]" in notebook
+    assert states(open_book(root), "quick")[0].reasons == ("never executed",)
+
+
+def test_no_orphan_computes_on_after_a_kill(tmp_path):
+    """A killed build leaves no kernel behind and no half-written notebook."""
+    sleeper = chapter(
+        "Sleeper",
+        "import os, pathlib, time\n"
+        "_ = pathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(120)",
+    )
+    root = make_project(tmp_path, {"sleeper": sleeper})
+    with start(root, "build") as process:
+        pid_file = root / "book/pid"
+        _wait_until(lambda: pid_file.exists() and pid_file.read_text(), 60)
+        process.send_signal(signal.SIGKILL)
+        kernel = int(pid_file.read_text())
+        _wait_until(lambda: not _alive(kernel), 20)
+    assert not list((root / "_build").rglob("executed/**/*"))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _wait_until(condition, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def test_two_builds_at_once_wait_for_each_other(tmp_path):
+    from filelock import FileLock
+
+    root = make_project(tmp_path, {})
+    (root / "_toc.yml").write_text("format: jb-book\nroot: book/index\n")
+    (root / "_config.yml").write_text("[broken\n")  # the end of the build comes fast
+    (root / "_build").mkdir()
+    lock = FileLock(root / "_build/.lock")
+    with lock:
+        process = start(root, "build")
+        assert "another build of this book is running" in process.stdout.readline()
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+    assert process.wait(20) != 0
+    process.stdout.close()
+
+
+def test_a_chapter_without_output_is_no_page(tmp_path):
+    from mmsa_lib.press.render import check_outputs
+
+    def notebook(*cells):
+        path = tmp_path / "n.ipynb"
+        path.write_text(json.dumps({"cells": list(cells)}))
+        return path
+
+    ran = {"cell_type": "code", "source": "1", "execution_count": 1, "outputs": [{}]}
+    silent = ran | {"outputs": []}
+    idle = silent | {"execution_count": None}
+    check_outputs("a", notebook(ran, silent))
+    with pytest.raises(BookError, match="a: no code cell has an output"):
+        check_outputs("a", notebook(silent))
+    with pytest.raises(BookError, match="a: 1 of 2 code cells were not executed"):
+        check_outputs("a", notebook(ran, idle))
+
+
+def test_records_a_chapter_shows_are_part_of_its_key(tmp_path):
+    root = make_project(
+        tmp_path,
+        {
+            "own": chapter("Own", "1"),
+            "named": chapter("Named", "find('late-fusion')"),
+            "all": chapter("All", "load_all('results')"),
+            "none": chapter("None", "1"),
+        },
+    )
+    record = json.dumps({"chapter": "own"}, indent=1)
+    write_atomic(root / "results/late-fusion-0123456789ab.json", record)
+    book = open_book(root)
+    found = {s.chapter.name: s.key["results"] for s in states(book, "quick")}
+    assert [bool(found[n]) for n in ("own", "named", "all", "none")] == [1, 1, 1, 0]
+
+
+def test_writes_are_all_or_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    write_atomic(path, "old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomic(path, "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    assert path.read_text() == "old"
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, capsys, monkeypatch):
+    root = make_project(tmp_path, {"a": chapter("A", "1")})
+    (root / "_build").write_text("a file in the way")
+    monkeypatch.chdir(root)
+    code, printed = mmsa_book(capsys, "build")
+    assert code == 1
+    assert "choose a folder that you may write to" in printed
+    assert "Traceback" not in printed
+
+
+def test_records_are_listed_and_shown(tmp_path, capsys, monkeypatch):
+    from mmsa_lib.runs import RunRecord, save, seal
+
+    root = make_project(tmp_path, {})
+    monkeypatch.chdir(root)
+    code, printed = mmsa_book(capsys, "records", "list")
+    assert "no records yet" in printed
+    record = seal(
+        RunRecord(
+            name="late-fusion",
+            kind="training",
+            created="2026-01-02T03:04:05+00:00",
+            chapter="baselines",
+            seeds=[0, 1],
+            corpus={"name": "puppets", "synthetic": True},
+            per_seed=[{"seed": 0, "predictions": [0.5, 1.5]}],
+        )
+    )
+    save(record, root / "results")
+    code, printed = mmsa_book(capsys, "records", "list", "--json")
+    (row,) = json.loads(printed)
+    assert (row["id"], row["seeds"], row["folder"]) == (record.id[:12], 2, "results")
+    code, printed = mmsa_book(capsys, "records", "list")
+    assert "puppets (synthetic)" in printed
+    for which in ("late-fusion", record.id[:6]):
+        code, printed = mmsa_book(capsys, "records", "show", which)
+        shown = json.loads(printed)
+        assert shown["id"] == record.id
+        assert shown["per_seed"][0]["predictions"] == "(2 values)"
+    code, printed = mmsa_book(capsys, "records", "show", "early")
+    assert code == 2
+    assert "Known: late-fusion" in printed
+
+
+def test_status_of_this_book_is_quick_and_never_loads_torch():
+    program = textwrap.dedent("""
+        import sys, time
+        from mmsa_lib.press.cli import main
+        try:
+            main(["status", "--json"])
+        except SystemExit as stop:
+            assert not stop.code, stop.code
+        heavy = {"torch", "numpy", "papermill", "jupytext"} & set(sys.modules)
+        assert not heavy, heavy
+        assert time.process_time() < 2, time.process_time()
+    """)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    names = [row["chapter"] for row in json.loads(done.stdout)]
+    assert names == list(open_book(ROOT).chapters)

@@ -1,0 +1,171 @@
+"""What holds the project together: pins, layers, paths, unsafe loads, the toc."""
+
+import ast
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from mmsa_lib.press.chapters import STANDARD_PARAMETERS, open_book
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REQUIREMENTS = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]
+
+# a layer may import those before it and, unless it stands alone, its own modules
+LAYERS = [
+    ("errors",),
+    ("corpora",),
+    ("nets", "methods"),
+    ("training",),
+    ("metrics", "statistics"),
+    ("runs",),
+    ("figures",),
+]
+PRESS_MAY = {"errors", "press", "runs"}
+
+
+def constraints() -> dict[str, Requirement]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    found = [Requirement(s) for s in lines if s and not s.startswith("#")]
+    return {canonicalize_name(r.name): r for r in found}
+
+
+def tracked() -> list[Path]:
+    """Files of the project: those git knows or would take."""
+    command = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in done.stdout.split("\0") if (ROOT / name).is_file()]
+
+
+def test_conda_environment_equals_pyproject():
+    listed = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    (pip,) = (entry["pip"] for entry in listed if isinstance(entry, dict))
+    assert [p for p in pip if p.startswith("-")] == ["-c constraints.txt", "-e ."]
+    assert [p for p in pip if not p.startswith("-")] == REQUIREMENTS
+    (python,) = (p for p in listed if str(p).startswith("python="))
+    version = Version(python.removeprefix("python="))
+    assert version in Requirement(f"x{PROJECT['requires-python']}").specifier
+
+
+def test_constraints_pin_everything_for_every_platform():
+    pins = constraints()
+    for name, pin in pins.items():
+        (specifier,) = pin.specifier
+        assert specifier.operator == "==", name
+        assert Version(specifier.version).local is None, f"{name}: local version"
+        assert pin.marker is None and pin.url is None, name
+    for requirement in map(Requirement, REQUIREMENTS):
+        pin = pins[canonicalize_name(requirement.name)]
+        (specifier,) = pin.specifier
+        assert requirement.specifier.contains(specifier.version), requirement
+    assert "setuptools" in pins
+
+
+def test_constraints_are_what_is_installed():
+    """The tests speak for the pinned versions only if they ran with them."""
+    from importlib.metadata import version
+
+    pins = constraints()
+    for name in (canonicalize_name(Requirement(r).name) for r in REQUIREMENTS):
+        (specifier,) = pins[name].specifier
+        installed = Version(version(name)).public
+        assert installed == specifier.version, name
+
+
+def imports_of(path: Path) -> set[str]:
+    """First names below ``mmsa_lib`` that a module imports, at any depth."""
+    package = path.relative_to(ROOT).parent.parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        parts = [name.split(".") for name in names]
+        found |= {p[1] for p in parts if p[0] == "mmsa_lib" and len(p) > 1}
+    return found
+
+
+def test_layers_import_only_to_their_left():
+    allowed, left = {"press": PRESS_MAY}, set()
+    for layer in LAYERS:
+        for name in layer:
+            allowed[name] = left | set(layer)
+        left |= set(layer)
+    seen = set()
+    for path in sorted((ROOT / "mmsa_lib").rglob("*.py")):
+        layer = path.relative_to(ROOT / "mmsa_lib").with_suffix("").parts[0]
+        if layer == "__init__":
+            assert not imports_of(path), "mmsa_lib/__init__.py imports nothing"
+            continue
+        assert layer in allowed, f"{path.name}: give this module a layer"
+        wrong = imports_of(path) - allowed[layer]
+        assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
+        seen.add(layer)
+    assert {"errors", "corpora", "runs", "press"} <= seen
+
+
+def test_no_machine_paths_and_no_unsafe_loads():
+    paths = re.compile(r"/(?:work|farm|tmp)/[a-z.]|/(?:home|Users|root)/[a-z.]")
+    unsafe = {
+        "pickle.load": re.compile(r"\bpickle\.load\("),
+        "torch.load": re.compile(r"\btorch\.load\((?!.*weights_only=True)"),
+        "weights_only": re.compile(r"weights_only\s*=\s*False"),
+        "remote code": re.compile(r"trust_remote_code\s*=\s*True"),
+    }
+    found = []
+    for path in tracked():
+        if path.suffix not in {".py", ".md", ".yml", ".toml", ".txt", ".cff", ""}:
+            continue
+        if path == Path(__file__):
+            continue
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+            where = f"{path.relative_to(ROOT)}:{number}"
+            if paths.search(line):
+                found.append(f"{where}: machine path")
+            if path.suffix == ".py" and path.parent.name != "benchmarks":
+                found += [f"{where}: {k}" for k, v in unsafe.items() if v.search(line)]
+    assert not found, "\n".join(found)
+
+
+def test_every_page_and_parameters_cell():
+    book = open_book(ROOT)  # raises for a page that is missing or forgotten
+    assert next(iter(book.pages)) == "book/index"
+    assert {"book/notation", "book/bibliography"} <= set(book.pages)
+    for profile in ("quick", "full"):
+        book.profile(profile)  # raises for unknown chapters and parameters
+    for chapter in book.chapters.values():
+        missing = [p for p in STANDARD_PARAMETERS if p not in chapter.parameters]
+        assert not missing, f"{chapter.name} lacks the parameters {missing}"
+
+
+def test_the_book_needs_no_network():
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    sphinx = config["sphinx"]["config"]
+    static = ROOT / sphinx["html_static_path"][0]
+    assert (static / sphinx["mathjax_path"]).stat().st_size > 2_000_000
+    assert (static / "mathjax/LICENSE").is_file()
+    assert "sphinx_thebe" not in sphinx["extensions"]
+    assert sphinx["nb_ipywidgets_js"] == {}
+
+
+def test_every_citation_has_an_entry():
+    keys = re.findall(r"@\w+\{(\w+),", (ROOT / "book/references.bib").read_text())
+    assert len(keys) == len(set(keys))
+    for path in (ROOT / "book").glob("*.md"):
+        for cited in re.findall(r"\{cite(?::\w+)?\}`([^`]+)`", path.read_text()):
+            for key in cited.split(","):
+                assert key.strip() in keys, f"{path.name} cites {key.strip()}"
