@@ -19,9 +19,8 @@ from mmsa_lib.errors import CorpusError, SealedError, UnknownNameError
 
 # A change of these bytes is a new world: raise PUPPET_VERSION and measure the
 # calibration again (benchmarks/puppet_calibration.py).
-PINNED = {
-    "1": "217e7ec19f681c984820dc87dbac09817332c07426de8b05b5c5026108bf5a91",
-}
+PINNED = {"1": "217e7ec19f681c984820dc87dbac09817332c07426de8b05b5c5026108bf5a91"}
+PINNED_SCRIPTS = "68f4a5a86045df26efda7a00446480a0a9cfd941ab8a2458cfb2afb7c7e05c4e"
 PINNED_EVERYTHING = "f7f8c9322efdfcf884d24c29920b722c483c07f7f22e561caa02c38ebe4d6894"
 EVERYTHING = {
     "sizes": (40, 12, 20),
@@ -62,15 +61,21 @@ def test_every_knob_has_the_pinned_bytes():
     assert puppets.load(**EVERYTHING).fingerprint == PINNED_EVERYTHING
 
 
-def test_same_bytes_in_a_fresh_process_whatever_the_hash_seed():
+def test_same_bytes_in_a_fresh_process_on_a_lesser_processor():
+    """Another hash seed and thread count, and NumPy without its vector extensions."""
     code = (
         "from mmsa_lib.corpora import puppets; "
         f"print(puppets.load(**{EVERYTHING!r}).fingerprint)"
     )
-    env = {"PYTHONHASHSEED": "77", "OMP_NUM_THREADS": "2", "PATH": ""}
+    extensions = np.show_config(mode="dicts")["SIMD Extensions"].get("found", [])
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env=env | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        env={
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "PYTHONHASHSEED": "77",
+            "OMP_NUM_THREADS": "2",
+            "NPY_DISABLE_CPU_FEATURES": " ".join(extensions),
+        },
         capture_output=True,
         text=True,
         check=True,
@@ -83,10 +88,7 @@ def test_scripts_and_truth_are_pinned_too(tables):
     for name in sorted(tables["test"].columns):
         column = tables["test"].columns[name]
         digest.update(name.encode() + column.astype("<f8").tobytes())
-    assert (
-        digest.hexdigest()
-        == "68f4a5a86045df26efda7a00446480a0a9cfd941ab8a2458cfb2afb7c7e05c4e"
-    )
+    assert digest.hexdigest() == PINNED_SCRIPTS
 
 
 def test_features_lie_on_the_grid_so_that_the_last_bit_is_no_accident(corpus):
@@ -679,8 +681,8 @@ def test_calibration_of_fusion_and_of_the_domain_shift(lab, corpus):
 
 
 def test_calibration_of_synergy(lab):
-    v = lab.synergy_rows(0, epochs=9)
-    assert abs(v["synergy additive MAE"] - v["synergy text MAE"]) <= 0.10
+    v = lab.synergy_rows(0, epochs=10)
+    assert abs(v["synergy additive MAE"] - v["synergy text MAE"]) <= 0.15
     assert v["synergy product MAE"] <= v["synergy additive MAE"] - 0.10
     assert v["synergy product MAE"] >= v["synergy oracle MAE"] + 0.05
 
@@ -692,5 +694,5 @@ def test_calibration_of_conflict(lab):
 
 
 def test_calibration_of_dominance(lab):
-    v = lab.dominance_rows(0, epochs=6, modalities=("audio",))
+    v = lab.dominance_rows(0, epochs=4, modalities=("audio",))
     assert v["dominance audio joint r"] <= v["dominance audio alone r"] - 0.05
