@@ -523,7 +523,7 @@ def test_a_chapter_without_output_is_no_page(tmp_path):
         check_outputs("a", notebook(ran, idle))
 
 
-def test_records_a_chapter_shows_are_part_of_its_key(tmp_path):
+def test_files_a_chapter_shows_are_part_of_its_key(tmp_path):
     root = make_project(
         tmp_path,
         {
@@ -531,13 +531,21 @@ def test_records_a_chapter_shows_are_part_of_its_key(tmp_path):
             "named": chapter("Named", "find('late-fusion')"),
             "all": chapter("All", "load_all('results')"),
             "none": chapter("None", "1"),
+            "table": chapter("Table", "(ROOT / 'book' / 'tables' / f'{corpus}.yml')"),
         },
     )
     record = json.dumps({"chapter": "own"}, indent=1)
     write_atomic(root / "results/late-fusion-0123456789ab.json", record)
-    book = open_book(root)
-    found = {s.chapter.name: s.key["results"] for s in states(book, "quick")}
-    assert [bool(found[n]) for n in ("own", "named", "all", "none")] == [1, 1, 1, 0]
+    write_atomic(root / "book/tables/mosi.yml", "a: 1")
+    found = {s.chapter.name: s.key["files"] for s in states(open_book(root), "quick")}
+    record, table = "results/late-fusion-0123456789ab.json", "book/tables/mosi.yml"
+    assert {name: list(files) for name, files in found.items()} == {
+        "own": [record],
+        "named": [record],
+        "all": [record],
+        "none": [],
+        "table": [table],
+    }
 
 
 def test_writes_are_all_or_nothing(tmp_path, monkeypatch):

@@ -152,6 +152,18 @@ def test_every_page_and_parameters_cell():
         assert not missing, f"{chapter.name} lacks the parameters {missing}"
 
 
+def test_front_page_says_what_is_here():
+    """Each page of the toc is linked in a row marked here, and nothing else is."""
+    book = open_book(ROOT)
+    rows = (ROOT / "book/index.md").read_text().split("## What is here")[1].splitlines()
+    here = [row for row in rows if row.startswith("|") and "**here**" in row]
+    linked = re.findall(r"\]\((\w[\w-]*)\.md\)", "\n".join(here))
+    assert sorted(f"book/{name}" for name in linked) == sorted(
+        page for page in book.pages if page != "book/index"
+    )
+    assert all("](" in row for row in here)
+
+
 def test_the_book_needs_no_network():
     config = yaml.safe_load((ROOT / "_config.yml").read_text())
     sphinx = config["sphinx"]["config"]

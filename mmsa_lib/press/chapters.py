@@ -1,0 +1,277 @@
+"""Find the pages of the book and read its chapters without executing anything.
+
+A page is any file named in ``_toc.yml``. A page whose header has a ``kernelspec`` is a
+chapter: a MyST-Markdown notebook. Its cells are read here with a few lines of our own
+because ``mmsa-book status`` must answer at once and importing jupytext takes over a
+second; a test holds this reader to jupytext's result.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import yaml
+
+from mmsa_lib.errors import BookError, unknown
+from mmsa_lib.press.files import sha256
+
+STANDARD_PARAMETERS = ("profile", "corpus", "data_dir", "seeds", "device", "epochs")
+UNCLEAR = object()  # the default of a parameter that is not a plain literal
+
+_HEADER = re.compile(r"\A---\n(.*?\n)---\n", re.DOTALL)
+_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)")  # indented: of a list, not a cell
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A code cell: the line of its fence (from 1), its tags and its source."""
+
+    line: int
+    tags: tuple[str, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """One executable page. `name` is the file's stem, `page` its name in the toc."""
+
+    name: str
+    page: str
+    path: Path
+    text: str
+    cells: tuple[Cell, ...]
+
+    @property
+    def sha256(self) -> str:
+        return sha256(self.text)
+
+    @cached_property
+    def parameters(self) -> dict[str, object]:
+        """Names and defaults of the cell tagged ``parameters``, in order."""
+        found = {}
+        for cell in self.cells:
+            if "parameters" not in cell.tags:
+                continue
+            for node in parse(cell.source):
+                if isinstance(node, ast.Assign):
+                    targets = node.targets
+                elif isinstance(node, ast.AnnAssign) and node.value is not None:
+                    targets = [node.target]
+                else:
+                    continue
+                try:
+                    value = ast.literal_eval(node.value)
+                except ValueError:
+                    value = UNCLEAR
+                found |= {t.id: value for t in targets if isinstance(t, ast.Name)}
+            break
+        return found
+
+    def check(self, given: Mapping[str, object]) -> dict[str, object]:
+        """`given` with values of the right type, or an error that names what fits."""
+        for name in given:
+            if name not in self.parameters:
+                raise unknown(f"parameter of {self.name}", name, self.parameters)
+        return {k: _fit(self.name, k, v, self.parameters[k]) for k, v in given.items()}
+
+
+@dataclass(frozen=True)
+class Book:
+    """Every page in the order of the table of contents, and the chapters by name."""
+
+    root: Path
+    pages: dict[str, Path]  # name in the toc -> file
+    chapters: dict[str, Chapter] = field(repr=False)
+
+    @property
+    def build(self) -> Path:
+        return self.root / "_build"
+
+    def __getitem__(self, name: str) -> Chapter:
+        if name not in self.chapters:
+            raise unknown("chapter", name, self.chapters)
+        return self.chapters[name]
+
+    def profile(self, name: str) -> dict[str, dict[str, object]]:
+        """Parameters of each chapter under a profile: ``{chapter: {name: value}}``.
+
+        Values under ``all`` reach every chapter that has a parameter of that name;
+        those under ``chapters`` must exist in theirs.
+        """
+        folder = self.root / "book" / "profiles"
+        known = {p.stem: p for p in folder.glob("*.yml")}
+        if name not in known:
+            raise unknown("profile", name, known)
+        content = yaml.safe_load(known[name].read_text(encoding="utf-8")) or {}
+        for key in content:
+            if key not in ("all", "chapters"):
+                raise unknown(f"key in {known[name].name}", key, ["all", "chapters"])
+        common, own = content.get("all") or {}, content.get("chapters") or {}
+        for chapter in own:
+            self[chapter]
+        return {
+            chapter.name: chapter.check(
+                {k: v for k, v in common.items() if k in chapter.parameters}
+                | (own.get(chapter.name) or {})
+            )
+            for chapter in self.chapters.values()
+        }
+
+
+def find_root(start: Path | None = None) -> Path:
+    """The nearest folder at or above `start` that holds a book."""
+    start = (start or Path.cwd()).resolve()
+    for folder in (start, *start.parents):
+        if (folder / "_toc.yml").is_file() and (folder / "_config.yml").is_file():
+            return folder
+    raise BookError(
+        f"no book here: neither {start} nor a folder above it has _toc.yml and "
+        "_config.yml. Go to your clone of the book and try again."
+    )
+
+
+def open_book(root: Path) -> Book:
+    """Read the table of contents and every chapter it names.
+
+    Raises `BookError` for a missing page, a page that the table of contents forgot,
+    two chapters of one name, or a header that papermill could not use.
+    """
+    toc = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
+    pages, chapters = {}, {}
+    for page in _files_of(toc):
+        path = root / page if page.endswith(".md") else root / f"{page}.md"
+        if not path.is_file():
+            raise BookError(
+                f"_toc.yml names {page!r} but {path.name} does not exist in "
+                f"{path.parent.name}/. Write the page or take the line out."
+            )
+        page = page.removesuffix(".md")
+        if page in pages:
+            raise BookError(f"_toc.yml names {page!r} twice; a page has one place")
+        pages[page] = path
+        chapter = read_chapter(path, page)
+        if chapter is None:
+            continue
+        if chapter.name in chapters:
+            raise BookError(f"two chapters are called {chapter.name!r}; rename one")
+        chapters[chapter.name] = chapter
+    forgotten = sorted(
+        p.relative_to(root).as_posix()
+        for p in (root / "book").rglob("*.md")
+        if p not in pages.values() and not _is_private(p.relative_to(root))
+    )
+    if forgotten:
+        raise BookError(
+            f"{', '.join(forgotten)}: written but not in _toc.yml, so no reader would "
+            "find it. Add it to _toc.yml or move it out of book/."
+        )
+    return Book(root, pages, chapters)
+
+
+def read_chapter(path: Path, page: str = "") -> Chapter | None:
+    """The chapter in a MyST-Markdown file, or None for a page without a kernel."""
+    text = path.read_text(encoding="utf-8")
+    header = _HEADER.match(text)
+    meta = (yaml.safe_load(header[1]) or {}) if header else {}
+    if "kernelspec" not in meta:
+        return None
+    if (meta["kernelspec"] or {}).get("language") != "python":
+        raise BookError(
+            f"{path.name}: the header's kernelspec needs 'language: python', or no "
+            "parameters can be set"
+        )
+    return Chapter(path.stem, page, path, text, tuple(_cells(text)))
+
+
+def parse(source: str) -> list[ast.stmt]:
+    """Statements of a cell, with magics blanked.
+
+    Of a cell that still does not parse (executing it will say why) only what it may
+    import is kept: everything in each package or module that it mentions.
+    """
+    lines = ("" if s.lstrip()[:1] in ("%", "!") else s for s in source.splitlines())
+    try:
+        return ast.parse("\n".join(lines)).body
+    except SyntaxError:
+        names = sorted(set(re.findall(r"\bmmsa_lib(?:\.\w+)*", source)))
+        return ast.parse("\n".join(f"from {name} import *" for name in names)).body
+
+
+def _is_private(path: Path) -> bool:
+    return any(part[0] in "_." for part in path.parts)
+
+
+def _files_of(node) -> Iterator[str]:
+    if isinstance(node, dict):
+        if "root" in node:
+            yield node["root"]
+        if "file" in node:
+            yield node["file"]
+        node = [v for v in node.values() if isinstance(v, list)]
+    if isinstance(node, list):
+        for child in node:
+            yield from _files_of(child)
+
+
+def _cells(text: str) -> Iterator[Cell]:
+    """Top-level ``{code-cell}`` fences; what stands inside another fence is text."""
+    marker, info, start, body = "", "", 0, []
+    for number, line in enumerate(text.splitlines(), 1):
+        fence = _FENCE.fullmatch(line)
+        if not marker:
+            if fence:
+                marker, start, body = fence[1], number, []
+                info = "" if line.startswith(" ") else fence[2].strip()
+        elif (
+            fence
+            and not fence[2].strip()
+            and fence[1][0] == marker[0]
+            and len(fence[1]) >= len(marker)
+        ):
+            if info.startswith("{code-cell}"):
+                yield _cell(start, body)
+            marker = ""
+        else:
+            body.append(line)
+
+
+def _cell(line: int, body: list[str]) -> Cell:
+    options: list[str] = []
+    if body and body[0].startswith("---"):
+        end = next((i for i, s in enumerate(body[1:], 1) if s.startswith("---")), None)
+        options, body = body[1:end], body[end + 1 :] if end else []
+    else:
+        while body and body[0].lstrip().startswith(":"):
+            options.append(body.pop(0).lstrip()[1:])
+    found = (yaml.safe_load("\n".join(options)) or {}) if options else {}
+    tags = found.get("tags") or []
+    tags = [tags] if isinstance(tags, str) else tags
+    return Cell(line, tuple(tags), "\n".join(body))
+
+
+def _fit(chapter: str, name: str, value, default):
+    """The value as the type of its default, where that type is clear."""
+    if default is UNCLEAR or default is None or value is None:
+        return value
+    if isinstance(default, str):
+        fits = isinstance(value, str)
+    elif isinstance(default, bool):
+        fits = isinstance(value, bool)
+    elif isinstance(default, (int, float)):
+        number = int if isinstance(default, int) else (int, float)
+        fits = isinstance(value, number) and not isinstance(value, bool)
+    elif isinstance(default, (list, tuple)):
+        fits = isinstance(value, (list, tuple))
+    else:
+        fits = isinstance(value, type(default))
+    if not fits:
+        raise BookError(
+            f"parameter {name} of {chapter} is {default!r} by default, so it takes a "
+            f"{type(default).__name__}; found {value!r} ({type(value).__name__})"
+        )
+    return value

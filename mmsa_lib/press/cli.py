@@ -1,0 +1,409 @@
+"""The ``mmsa-book`` command: build the book, run a chapter, look at what there is."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mmsa_lib.errors import BookError, MmsaError, UnknownNameError, unknown
+from mmsa_lib.press.chapters import Chapter, find_root, open_book
+from mmsa_lib.press.files import digest
+
+HEARTBEAT = 20.0  # seconds between two lines of one chapter where there is no terminal
+
+# a pipe or a log has no width of its own
+console = Console(
+    highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160
+)
+app = typer.Typer(
+    help="Build, run and inspect the executable book.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+records_app = typer.Typer(help="Look at run records.", no_args_is_help=True)
+app.add_typer(records_app, name="records")
+
+Profile = Annotated[
+    str, typer.Option(help="Which parameters: a file of book/profiles/.")
+]
+Jobs = Annotated[int, typer.Option(min=1, help="Chapters executed at a time.")]
+AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+
+
+@app.command()
+def build(profile: Profile = "quick", jobs: Jobs = 2) -> None:
+    """Execute every stale chapter, then render _build/html/index.html.
+
+    A chapter is stale when its text, its parameters, a library module it reaches, a
+    record it shows, constraints.txt or Python changed. A chapter that fails does not
+    stop the others; the last good book stays until a new one is whole.
+    """
+    from mmsa_lib.press.execute import execute
+    from mmsa_lib.press.freshness import states
+    from mmsa_lib.press.render import is_current, render
+
+    book = open_book(find_root())
+    with _only_build(book.build):
+        began = time.time()
+        known = states(book, profile)
+        stale = [s for s in known if not s.fresh]
+        fresh = len(known) - len(stale)
+        console.print(f"{len(known)} chapters: {fresh} fresh, {len(stale)} to execute")
+        if stale:
+            with _progress() as report:
+                outcomes = execute(book, stale, book.build / "records", jobs, report)
+            failed = [o for o in outcomes if not o.ok]
+            for outcome in failed:
+                console.print(f"\n[bold red]FAILED[/] {escape(outcome.error)}")
+                if outcome.notebook.is_file():
+                    shown = outcome.notebook.relative_to(book.root)
+                    console.print(f"the notebook up to there: {shown}")
+            if failed:
+                names = ", ".join(o.chapter for o in failed)
+                raise BookError(
+                    f"{len(failed)} of {len(stale)} chapters failed: {names}. The "
+                    "others are done and will not be executed again; mend these and "
+                    "call the same command."
+                )
+        notebooks = {s.chapter.name: s.product.notebook for s in known}
+        current = is_current(book, notebooks)
+        if not current:
+            console.print(f"rendering {len(book.pages)} pages ...")
+            render(book, notebooks)
+    verb = "nothing changed" if current else "the book is ready"
+    index = _short(book.build / "html" / "index.html")
+    console.print(f"{verb} ({time.time() - began:.0f} s): open {index}")
+
+
+@app.command()
+def run(
+    chapter: Annotated[str, typer.Argument(help="A chapter, such as baselines.")],
+    p: Annotated[
+        list[str] | None,
+        typer.Option("-p", metavar="NAME VALUE", help="A parameter; repeat as needed."),
+    ] = None,
+    profile: Profile = "quick",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; by default _build/runs/CHAPTER-HASH.")
+    ] = None,
+    records: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where records go; by default records/ in there. To keep: results."
+        ),
+    ] = None,
+) -> None:
+    """Execute one chapter with parameters of your own.
+
+    Example: mmsa-book run baselines -p corpus mosi-text-audio -p seeds '[0, 1, 2]'
+    """
+    from mmsa_lib.press.execute import execute
+    from mmsa_lib.press.freshness import Product, State, key_of
+
+    book = open_book(find_root())
+    one = book[chapter]
+    given = _parameters(one, p or [])
+    parameters = book.profile(profile)[chapter] | given
+    key = key_of(book, one, parameters)
+    folder = out or book.build / "runs" / f"{chapter}-{digest(key)[:8]}"
+    folder = folder.expanduser().resolve()
+    records = (records or folder / "records").expanduser().resolve()
+    product = Product(folder / f"{chapter}.ipynb")
+    profile = str(parameters.get("profile", profile))
+    state = State(one, profile, parameters, key, product, ("asked for",), None)
+    with _progress() as report:
+        (outcome,) = execute(book, [state], records, 1, report)
+    if not outcome.ok:
+        console.print(f"\n[bold red]FAILED[/] {escape(outcome.error)}")
+        raise BookError(f"{chapter} failed after {outcome.seconds:.0f} s")
+    console.print(f"notebook: {_short(outcome.notebook)}")
+    for name in outcome.records:
+        console.print(f"record:   {_short(records / name)}.json")
+
+
+@app.command()
+def status(profile: Profile = "quick", as_json: AsJson = False) -> None:
+    """Say of each chapter whether it is fresh, and if not, what changed."""
+    from mmsa_lib.press.freshness import states
+
+    book = open_book(find_root())
+    rows = [s.as_dict() for s in states(book, profile)]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = _table("chapter", "state", "why", "seconds", "records")
+    for row in rows:
+        style = "green" if row["state"] == "fresh" else "yellow"
+        why = row["reasons"][:4]
+        why += [f"and {len(row['reasons']) - 4} more"] * (len(row["reasons"]) > 4)
+        table.add_row(
+            row["chapter"],
+            f"[{style}]{row['state']}[/]",
+            escape("\n".join(why)),
+            "" if row["seconds"] is None else f"{row['seconds']:.0f}",
+            str(len(row["record"]) or ""),
+        )
+    console.print(table)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def data(context: typer.Context) -> None:
+    """List the corpora or get one: data list, data get NAME --accept-terms."""
+    from mmsa_lib.press.freshness import data_folder
+
+    # in its own process: corpora load torch, and the press never does
+    done = subprocess.run(
+        [sys.executable, "-m", "mmsa_lib.corpora", *context.args],
+        env=os.environ | {"MMSA_DATA": str(data_folder(open_book(find_root())))},
+    )
+    raise typer.Exit(done.returncode)
+
+
+@records_app.command("list")
+def records_list(as_json: AsJson = False) -> None:
+    """Every record of results/ (committed) and _build/records/ (of builds)."""
+    rows = [
+        {
+            "id": r.id[:12],
+            "name": r.name,
+            "kind": r.kind,
+            "chapter": r.chapter,
+            "corpus": r.corpus.get("name"),
+            "synthetic": r.corpus.get("synthetic"),
+            "seeds": len(r.seeds),
+            "created": r.created,
+            "folder": folder,
+        }
+        for r, folder in _all_records()
+    ]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = _table("id", "name", "chapter", "corpus", "seeds", "date", "in")
+    for row in rows:
+        corpus = row["corpus"] or ""
+        corpus += " (synthetic)" if row["synthetic"] else ""
+        table.add_row(
+            row["id"],
+            row["name"],
+            row["chapter"] or "",
+            corpus,
+            str(row["seeds"] or ""),
+            row["created"][:10],
+            row["folder"],
+        )
+    console.print(table if rows else "no records yet: build the book or run a chapter")
+
+
+@records_app.command("show")
+def records_show(
+    which: Annotated[str, typer.Argument(help="An id (or its start), or a name.")],
+) -> None:
+    """Print one record; of several with one name, the newest."""
+    from dataclasses import asdict
+
+    known = [r for r, _ in _all_records()]
+    found = [r for r in known if r.id.startswith(which) or r.name == which]
+    if not found:
+        raise unknown("record", which, {r.name for r in known})
+    shown = asdict(max(found, key=lambda r: r.created))
+    for entry in shown["per_seed"]:
+        if "predictions" in entry:
+            entry["predictions"] = f"({len(entry['predictions'])} values)"
+    print(json.dumps(shown, indent=1, ensure_ascii=False))
+
+
+@app.command()
+def clean(
+    everything: Annotated[
+        bool, typer.Option("--all", help="Records and runs of _build as well.")
+    ] = False,
+) -> None:
+    """Remove what builds have made, so that the next one starts from nothing."""
+    folder = find_root() / "_build"
+    kept = () if everything else ("records", "runs")
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name in kept:
+            continue
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    kept = [name for name in kept if (folder / name).is_dir()]
+    more = f"; kept {', '.join(kept)} (--all removes them too)" if kept else ""
+    console.print(f"cleaned {_short(folder)}{more}")
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")  # never cut a name short
+    return table
+
+
+def _all_records():
+    from mmsa_lib.runs import load_all
+
+    root = find_root()
+    for folder in ("results", "_build/records"):
+        if (root / folder).is_dir():
+            yield from ((r, folder) for r in load_all(root / folder))
+
+
+def _parameters(chapter: Chapter, given: list[str]) -> dict[str, object]:
+    """``name=value`` pairs as values of the right type; folders become absolute."""
+    found = {}
+    for pair in given:
+        name, separator, text = pair.partition("=")
+        if not separator:
+            raise BookError(f"-p {pair}: a parameter needs a name and a value")
+        default = chapter.parameters.get(name)
+        value = text if isinstance(default, str) else _yaml(name, text)
+        if name.endswith("_dir") and isinstance(value, str) and value:
+            value = str(Path(value).expanduser().resolve())
+        found[name] = value
+    return chapter.check(found)
+
+
+def _yaml(name: str, text: str):
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BookError(
+            f"-p {name} {text}: not a YAML value (examples: 3, 0.1, true, '[0, 1, 2]')"
+        ) from error
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a word
+        with suppress(ValueError):
+            return float(value)
+    return value
+
+
+def _join_pairs(arguments: list[str]) -> list[str]:
+    """``-p name value`` as ``-p name=value``, the one form that Typer can repeat."""
+    joined, rest = [], list(arguments)
+    while rest:
+        word = rest.pop(0)
+        joined.append(word)
+        if word == "-p" and rest:
+            name = rest.pop(0)
+            if rest and not re.match(r"\w+=", name):
+                name = f"{name}={rest.pop(0)}"
+            joined.append(name)
+    return joined
+
+
+@contextmanager
+def _only_build(folder: Path):
+    """Two builds at once would write the same files: the second waits."""
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        console.print("another build of this book is running; waiting for it ...")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _progress():
+    """A reporter for `execute`: bars on a terminal, plain lines elsewhere."""
+    if not console.is_terminal:
+        yield _line_reporter(console.print)
+        return
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("cell {task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+    ]
+    with Progress(*columns, console=console) as progress:
+        tasks = {}
+
+        def report(chapter: str, event: dict) -> None:
+            if event["event"] == "start":
+                tasks[chapter] = progress.add_task(chapter, total=None)
+            elif event["event"] == "cell":
+                progress.update(
+                    tasks[chapter], completed=event["cell"] - 1, total=event["total"]
+                )
+            else:
+                mark = "[green]done[/]" if event["ok"] else "[red]FAILED[/]"
+                task = progress.tasks[tasks[chapter]]
+                full = {"completed": task.total} if event["ok"] else {}
+                progress.update(task.id, description=f"{chapter} {mark}", **full)
+                progress.stop_task(task.id)
+
+        yield report
+
+
+def _line_reporter(say: Callable[[str], None]) -> Callable[[str, dict], None]:
+    spoke = {}
+
+    def report(chapter: str, event: dict) -> None:
+        now = time.monotonic()
+        if event["event"] == "start":
+            say(f"{chapter}: started")
+        elif event["event"] == "cell":
+            if now - spoke[chapter] < HEARTBEAT:
+                return
+            say(f"{chapter}: cell {event['cell']} of {event['total']}")
+        else:
+            verb = "done" if event["ok"] else "FAILED"
+            say(f"{chapter}: {verb} in {event['seconds']:.0f} s")
+        spoke[chapter] = now
+
+    return report
+
+
+def _short(path: Path) -> str:
+    try:
+        return path.relative_to(Path.cwd()).as_posix()
+    except ValueError:
+        return str(path)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; an error that we foresaw is one message, not a traceback."""
+    error_console = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        app(_join_pairs(sys.argv[1:] if arguments is None else arguments))
+    except MmsaError as error:
+        error_console.print(f"[bold red]error:[/] {escape(str(error))}")
+        sys.exit(2 if isinstance(error, UnknownNameError) else 1)
+    except KeyboardInterrupt:
+        error_console.print("stopped; what was done is kept, call it again to go on")
+        sys.exit(130)
+    except OSError as error:
+        error_console.print(
+            f"[bold red]error:[/] {escape(str(error))}. Nothing half-written was kept; "
+            "free some space or choose a folder that you may write to."
+        )
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Which files of the library a piece of code reaches, found without importing any.
+
+Imports are read from the syntax tree: absolute, relative, ``from mmsa_lib import x``,
+inside functions, and the ``__init__`` of every package on the way. Where a name is only
+known at run time (``import_module(f"mmsa_lib.corpora.{name}")``) everything it could
+mean counts: a closure may be too large, never too small.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+
+from mmsa_lib.errors import BookError
+from mmsa_lib.press.files import sha256_of
+
+PACKAGE = "mmsa_lib"
+_DYNAMIC = {"import_module", "__import__"}
+
+
+def reach(root: Path, code: Iterable[ast.AST]) -> dict[str, str]:
+    """Files of the library that `code` reaches, with their sha256.
+
+    Keys are paths relative to `root`. Beside the modules, the data files in their
+    folders count, because a module reads those without naming them in an import.
+    """
+    modules: dict[Path, None] = {}
+    pending = [p for node in code for p in _targets(root, node, package="")]
+    while pending:
+        path = pending.pop()
+        if path not in modules:
+            modules[path] = None
+            pending += _imports_of(root, path, path.read_text(encoding="utf-8"))
+    files = set(modules)
+    for folder in {path.parent for path in modules}:
+        files |= set(_data_files(folder))
+    return {p.relative_to(root).as_posix(): sha256_of(p) for p in sorted(files)}
+
+
+@cache
+def _imports_of(root: Path, path: Path, source: str) -> tuple[Path, ...]:
+    parts = path.relative_to(root).with_suffix("").parts
+    package = ".".join(parts[:-1])  # for x/__init__.py this is x itself
+    try:
+        tree = ast.parse(source)
+    except SyntaxError as error:
+        where = path.relative_to(root).as_posix()
+        raise BookError(f"{where}, line {error.lineno}: {error.msg}") from error
+    return tuple(_targets(root, tree, package))
+
+
+def _targets(root: Path, tree: ast.AST, package: str) -> Iterator[Path]:
+    """Module files that the imports in `tree` name; `package` resolves the dots."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield from _module(root, alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            base = _absolute(node.module or "", node.level, package)
+            yield from _module(root, base)
+            for alias in node.names:
+                if alias.name == "*":
+                    yield from _everything(root, base, deep=False)
+                else:
+                    yield from _module(root, f"{base}.{alias.name}")
+        elif isinstance(node, ast.Call) and node.args:
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if name in _DYNAMIC:
+                yield from _dynamic(root, node.args[0], package)
+
+
+def _absolute(module: str, level: int, package: str) -> str:
+    if not level:
+        return module
+    parts = package.split(".")
+    base = parts[: len(parts) - level + 1]
+    return ".".join([*base, module] if module else base)
+
+
+def _module(root: Path, name: str) -> Iterator[Path]:
+    """The file of a module and the ``__init__`` of each package above it."""
+    if name.split(".")[0] != PACKAGE:
+        return
+    here = root
+    for part in name.split("."):
+        here = here / part
+        for path in (here / "__init__.py", here.with_suffix(".py")):
+            if path.is_file():
+                yield path
+
+
+def _everything(root: Path, package: str, deep: bool = True) -> Iterator[Path]:
+    if package.split(".")[0] == PACKAGE:
+        folder = root.joinpath(*package.split("."))
+        yield from _module(root, package)
+        yield from folder.glob("**/*.py" if deep else "*.py")
+
+
+def _dynamic(root: Path, argument: ast.expr, package: str) -> Iterator[Path]:
+    """A module named at run time: exact for a literal, else all it could be."""
+    if isinstance(argument, ast.Constant):
+        name = str(argument.value)
+        dots = len(name) - len(name.lstrip("."))
+        yield from _module(root, _absolute(name[dots:], dots, package))
+        return
+    if isinstance(argument, ast.JoinedStr) and argument.values:
+        first = argument.values[0]
+        start = first.value if isinstance(first, ast.Constant) else ""
+        if start.startswith(f"{PACKAGE}."):
+            yield from _everything(root, start.rpartition(".")[0])
+            return
+    yield from _everything(root, package or PACKAGE)
+
+
+def _data_files(folder: Path) -> Iterator[Path]:
+    """Files of a package folder that are not code, outside its subpackages."""
+    for path in folder.iterdir():
+        if path.name == "__pycache__" or path.name.startswith("."):
+            continue
+        if path.is_file() and path.suffix not in (".py", ".pyc"):
+            yield path
+        elif path.is_dir() and not (path / "__init__.py").is_file():
+            yield from _data_files(path)

@@ -1,0 +1,191 @@
+"""The key of a chapter: everything its result depends on, and what changed since.
+
+A key is kept beside each executed notebook. Equal keys, and the notebook still the one
+that was written: the chapter is fresh and is not executed again.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmsa_lib.press.chapters import Book, Chapter, parse
+from mmsa_lib.press.closure import reach
+from mmsa_lib.press.files import digest, sha256, sha256_of, write_atomic
+
+
+@dataclass(frozen=True)
+class Product:
+    """Where an executed chapter and its key lie."""
+
+    notebook: Path
+
+    @property
+    def key_file(self) -> Path:
+        return self.notebook.with_suffix(".key.json")
+
+    def read(self) -> dict | None:
+        """What was noted of the last complete execution, None if there is none."""
+        try:
+            noted = json.loads(self.key_file.read_text(encoding="utf-8"))
+            noted["key"], noted["notebook"]
+            return noted
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    def write(self, notebook: str, noted: dict) -> None:
+        """The notebook first, then the note with its hash: a kill between the two
+        leaves a note that does not fit, so the chapter is executed again."""
+        write_atomic(self.notebook, notebook)
+        noted = noted | {"notebook": sha256(notebook)}
+        write_atomic(self.key_file, json.dumps(noted, indent=1, sort_keys=True))
+
+
+@dataclass(frozen=True)
+class State:
+    """One line of ``mmsa-book status``."""
+
+    chapter: Chapter
+    profile: str
+    parameters: dict
+    key: dict
+    product: Product
+    reasons: tuple[str, ...]  # why it must be executed; empty when fresh
+    noted: dict | None
+
+    @property
+    def fresh(self) -> bool:
+        return not self.reasons
+
+    def as_dict(self) -> dict:
+        return {
+            "chapter": self.chapter.name,
+            "state": "fresh" if self.fresh else "stale" if self.noted else "new",
+            "reasons": list(self.reasons),
+            "seconds": (self.noted or {}).get("seconds"),
+            "record": (self.noted or {}).get("records", []),
+        }
+
+
+def states(book: Book, profile: str) -> list[State]:
+    """The state of every chapter under a profile, in the order of the book."""
+    found = []
+    for name, parameters in book.profile(profile).items():
+        product = Product(book.build / "executed" / profile / f"{name}.ipynb")
+        found.append(state(book, book[name], profile, parameters, product))
+    return found
+
+
+def state(
+    book: Book, chapter: Chapter, profile: str, parameters: dict, product: Product
+) -> State:
+    """Compare the key of a chapter now with the one of its last execution."""
+    key = key_of(book, chapter, parameters)
+    noted = product.read()
+    if noted is None:
+        reasons = ["never executed"]
+    elif (
+        not product.notebook.is_file()
+        or sha256_of(product.notebook) != noted["notebook"]
+    ):
+        reasons = ["executed notebook missing or altered"]
+    else:
+        reasons = list(_changes(noted["key"], key))
+    return State(chapter, profile, parameters, key, product, tuple(reasons), noted)
+
+
+def key_of(book: Book, chapter: Chapter, parameters: dict) -> dict:
+    """Every input of a chapter by name, with its hash or value."""
+    code = [node for cell in chapter.cells for node in parse(cell.source)]
+    return {
+        "chapter": chapter.sha256,
+        "parameters": {k: repr(v) for k, v in sorted(parameters.items())},
+        "library": reach(book.root, code),
+        "files": _files(book.root, chapter.name, code),
+        "corpus": _cards(book, chapter.parameters | parameters),
+        "lock": _hash_if_there(book.root / "constraints.txt"),
+        "python": platform.python_version(),
+    }
+
+
+def closure_hash(key: dict) -> str:
+    """One hash for the part of the library that a chapter reaches."""
+    return digest(key["library"])
+
+
+def _files(root: Path, chapter: str, code: list[ast.stmt]) -> dict[str, str]:
+    """Files outside the library that a chapter may show.
+
+    Records of ``results/``, called ``<name>-<id>.json``: its own and those its code
+    names, or all where it asks for the folder (``load_all``, or a literal "results").
+    Data files under ``book/``: those of which it names the file or the folder.
+    """
+    words, names = set(), set()
+    for node in (n for statement in code for n in ast.walk(statement)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            words |= set(node.value.split("/"))
+        elif isinstance(node, (ast.Attribute, ast.Name)):
+            names.add(getattr(node, "attr", getattr(node, "id", "")))
+    everything = "load_all" in names or "results" in words
+    found = {}
+    for path in sorted((root / "results").rglob("*.json")):
+        content = path.read_bytes()
+        if (
+            everything
+            or path.stem.rpartition("-")[0] in words
+            or f'"chapter": "{chapter}"'.encode() in content
+        ):
+            found[path.relative_to(root).as_posix()] = sha256(content)
+    for path in sorted((root / "book").rglob("*")):
+        inside = path.relative_to(root / "book").parts
+        if path.is_file() and path.suffix != ".md" and words & set(inside):
+            found[path.relative_to(root).as_posix()] = sha256_of(path)
+    return found
+
+
+def _cards(book: Book, parameters: dict) -> dict[str, str]:
+    """Cards of the corpus on disk; they hold its fingerprint. None for the puppets,
+    which the library generates."""
+    name, folder = parameters.get("corpus"), parameters.get("data_dir")
+    if not isinstance(name, str):
+        return {}
+    folder = Path(folder) if isinstance(folder, str) and folder else data_folder(book)
+    cards = sorted((folder / name).rglob("card.json"))
+    return {p.relative_to(folder).as_posix(): sha256_of(p) for p in cards}
+
+
+def data_folder(book: Book) -> Path:
+    """Where real corpora lie unless a chapter is told otherwise."""
+    return Path(os.environ.get("MMSA_DATA") or book.root / "data").resolve()
+
+
+def _hash_if_there(path: Path) -> str:
+    return sha256_of(path) if path.is_file() else ""
+
+
+def _changes(old: dict, new: dict) -> Iterator[str]:
+    """One phrase for each input that differs."""
+    if old.get("chapter") != new["chapter"]:
+        yield "chapter source edited"
+    for group in ("parameters", "library", "files", "corpus"):
+        label = "parameter " if group == "parameters" else ""
+        before, after = old.get(group) or {}, new[group]
+        for name in sorted(before.keys() | after.keys()):
+            if name not in after:
+                yield f"{label}{name} gone"
+            elif name not in before:
+                yield f"{label}{name} added"
+            elif before[name] != after[name]:
+                if group == "parameters":
+                    yield f"parameter {name} {before[name]} -> {after[name]}"
+                else:
+                    yield f"{name} edited"
+    if old.get("lock") != new["lock"]:
+        yield "constraints.txt edited"
+    if old.get("python") != new["python"]:
+        yield f"Python {old.get('python')} -> {new['python']}"
