@@ -1,7 +1,7 @@
 """Our backbones beside their naive form, same weights, same batches, one process.
 
 The naive form does what the released programs do, written plainly: time first,
-positions rebuilt in every forward pass, explicit softmax with head-averaged weights
+position numbers rebuilt in every pass, explicit softmax with head-averaged weights
 computed and returned, every row of the last layer computed, no padding masks, torch's
 default dropout and Adam. Both run with the same dropout rates. Calls alternate; what is
 reported is CPU time of one thread.
@@ -363,9 +363,9 @@ def main() -> None:
             "rounds": args.rounds,
             "threads": 1,
             "time": "CPU milliseconds (time.process_time), calls alternate",
-            "naive": "time-first; positions rebuilt in every pass; explicit softmax; "
-            "head-averaged weights computed and returned; all rows of the last layer; "
-            "no masks; F.dropout; Adam(foreach off)",
+            "naive": "time-first; position numbers rebuilt in every pass; explicit "
+            "softmax; head-averaged weights computed and returned; all rows of the "
+            "last layer; no masks; F.dropout; Adam(foreach off)",
             "ours": "batch-first; cached positions; one row in the last layer where "
             "one is read; attention in cache-sized blocks; four dropout decisions a "
             "random draw; linear maps through oneDNN; Adam(fused=True)",

@@ -564,7 +564,7 @@ def test_shapes(kind, modalities):
         shapes = {k: tuple(v.shape) for k, v in output.predictions.items()}
         assert shapes == {"sentiment": (size, 1), "emotions": (size, 6)}
         pairs = modalities * (modalities - 1)
-        width = {"late": modalities, "pooled": 2 * modalities, "mult": pairs}
+        width = {"late": modalities, "mult": pairs}
         assert output.pooled.shape == (size, 8 * width.get(kind, 1))
         together = model.head.out(output.last)
         assert torch.equal(together[:, :1], output.predictions["sentiment"])

@@ -306,8 +306,8 @@ class PooledFusion(_Fusion):
     """Masked mean beside attention pooling of each modality, then a small head [ours].
 
     No encoder: what a frozen feature stack gives on its own. Each step becomes
-    h = GELU(W LN(x)); the pooled vector of a modality is [mean_t h; sum_t a_t h],
-    a = softmax over real steps of w^T h.
+    h = GELU(W LN(x)); a modality is pooled to [mean_t h; sum_t a_t h], a = softmax over
+    real steps of w^T h; z = GELU(W_0 [all of them]).
     """
 
     rates = Dropout(relu=0.3, output=0.3)
@@ -322,14 +322,14 @@ class PooledFusion(_Fusion):
         D, dims = config.width, config.dims
         self.norms = nn.ModuleDict({m: nn.LayerNorm(d) for m, d in dims.items()})
         self.scores = nn.ModuleDict({m: nn.Linear(D, 1) for m in dims})
-        merge = 2 * len(dims) * D
-        self.head = Head(D, config.outputs, self.rates.output, merge)
+        self.merge = nn.Linear(2 * len(dims) * D, D)
+        self.head = Head(D, config.outputs, self.rates.output)
 
     def _prepare(self, modality: str, x: Tensor) -> Tensor:
         return self.norms[modality](x)
 
     def forward(self, batch: Batch) -> Output:
-        """`pooled` (B, 2 M D); `hidden` are the steps h that were pooled."""
+        """`pooled` is z (B, D); `hidden` are the steps h that were pooled."""
         embedded, masks = self.embed(batch)
         pooled, hidden = [], {}
         for m, x in embedded.items():
@@ -342,7 +342,9 @@ class PooledFusion(_Fusion):
                 masked_mean(h, mask),
                 torch.einsum("bt,btd->bd", score.softmax(1), h),
             ]
-        return self._output(torch.cat(pooled, 1), hidden, masks)
+        z = F.gelu(self.merge(torch.cat(pooled, 1)))
+        z = dropout(z, self.rates.relu, self.training)
+        return self._output(z, hidden, masks)
 
 
 # ---------------------------------------------------------------- masks and pooling

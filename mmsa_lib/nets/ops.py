@@ -62,10 +62,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     size = x.shape[0] * x.shape[1] * weight.numel()
     if not _fast(x) or size < _LARGE or not torch.backends.mkldnn.is_available():
         return F.linear(x, weight, bias)
-    image = x.unsqueeze(2).permute(0, 3, 1, 2)  # (B, d_in, T, 1)
-    return (
-        F.conv2d(image, weight[:, :, None, None], bias).permute(0, 2, 3, 1).squeeze(2)
-    )
+    image = x.unsqueeze(1).permute(0, 3, 1, 2)  # (B, d_in, 1, T)
+    image = F.conv2d(image, weight[:, :, None, None], bias)
+    return image.permute(0, 2, 3, 1).squeeze(1)
 
 
 # ---------------------------------------------------------------- attention
