@@ -157,11 +157,13 @@ def test_front_page_says_what_is_here():
     book = open_book(ROOT)
     rows = (ROOT / "book/index.md").read_text().split("## What is here")[1].splitlines()
     here = [row for row in rows if row.startswith("|") and "**here**" in row]
-    linked = re.findall(r"\]\((\w[\w-]*)\.md\)", "\n".join(here))
+    text = "\n".join(here)
+    linked = re.findall(r"\]\((\w[\w-]*)\.md\)", text)
+    linked += re.findall(r"\{doc\}`[^`]*<(\w[\w-]*)>`", text)  # chapters
     assert sorted(f"book/{name}" for name in linked) == sorted(
         page for page in book.pages if page != "book/index"
     )
-    assert all("](" in row for row in here)
+    assert all("](" in row or "{doc}" in row for row in here)
 
 
 def test_the_book_needs_no_network():
