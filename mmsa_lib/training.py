@@ -424,11 +424,11 @@ def _scheduler(config: TrainConfig, optimiser, per_epoch: int):
 
 
 def _progress(epochs: int, done: int):
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
-    quiet = "MMSA_CHAPTER" in os.environ or not (
-        sys.stderr.isatty() or "ipykernel" in sys.modules
-    )
+    # in a notebook stderr is no terminal, but a person watches; papermill is nobody
+    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+    quiet = "MMSA_CHAPTER" in os.environ or not watched
     return tqdm(total=epochs, initial=done, desc="epochs", disable=quiet, leave=False)
 
 
