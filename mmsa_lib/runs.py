@@ -7,6 +7,7 @@ the page with the record. Importing this module does not load torch.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import html
 import json
@@ -226,15 +227,29 @@ def records_folder() -> Path:
 def save(record: RunRecord, folder: Path | None = None) -> Path:
     """Write a sealed record atomically; an existing record is never rewritten."""
     folder = Path(folder or records_folder())
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecordError(
+            f"the records folder {folder} cannot be made: {error}. Set MMSA_RECORDS "
+            "to a folder that you can write to."
+        ) from error
     record = record if record.id else seal(record)
     path = folder / f"{record.name}-{record.id[:12]}.json"
     if path.exists():
         return path
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     body = json.dumps(asdict(record), indent=1, sort_keys=True, ensure_ascii=False)
-    temporary.write_text(body + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(body + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise RecordError(
+            f"the record {path} could not be written: {error}. Free disk space or set "
+            "MMSA_RECORDS to another folder; nothing half-written is left."
+        ) from error
     return path
 
 

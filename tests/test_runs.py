@@ -166,3 +166,20 @@ def test_reference_tables_need_a_source(tmp_path):
     path.write_text("rows: []\n")
     with pytest.raises(RecordError, match="source"):
         runs.reference_table(path, {"MAE": "mae"})
+
+
+def test_a_full_or_read_only_disk_leaves_no_half_record(tmp_path, monkeypatch):
+    record = runs.measure("floor", oracle=0.25)
+
+    def full(self, text, **_):
+        with open(self, "w") as file:
+            file.write(text[:20])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs.Path, "write_text", full)
+    with pytest.raises(RecordError, match="No space left"):
+        runs.save(record, tmp_path / "full")
+    assert list((tmp_path / "full").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(RecordError, match="cannot be made"):
+        runs.save(record, tmp_path / "file" / "records")
