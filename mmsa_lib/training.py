@@ -15,6 +15,7 @@ import os
 import random
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -382,8 +383,11 @@ def _step(
 
 
 def _accelerator(config: TrainConfig):
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
+    with warnings.catch_warnings():
+        # a bar of widgets would be nicer, tqdm says at import; nobody asked for one
+        warnings.filterwarnings("ignore", "IProgress not found")
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState, PartialState
 
     cpu = config.device == "cpu" or not torch.cuda.is_available()
     if AcceleratorState._shared_state:
