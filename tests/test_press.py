@@ -1,7 +1,9 @@
 """The press: chapters are found, executed once, rendered strictly; errors are named."""
 
+import ast
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -253,6 +255,7 @@ def library(tmp_path) -> Path:
         ("import mmsa_lib.loop", "__init__ loop pool"),
         ("import mmsa_lib.lazy", "__init__ errors lazy runs"),
         ("__import__('mmsa_lib.errors')", "__init__ errors"),
+        ("call(['python', '-m', 'mmsa_lib.errors'])", "__init__ errors"),
         ("%matplotlib inline\nimport mmsa_lib.errors", "__init__ errors"),
         ("files = !ls\nfrom mmsa_lib.runs import (\n load)", "__init__ errors runs"),
     ],
@@ -271,8 +274,13 @@ def test_closure_is_wide_where_a_name_is_known_at_run_time(library):
     assert found == files | {"mmsa_lib/corpora/words/list.txt"}
     star = set(reach(library, parse("from mmsa_lib.nets import *")))
     assert "mmsa_lib/nets/fusion.py" in star
-    everything = set(reach(library, parse("import_module(name)")))
-    assert everything >= {"mmsa_lib/pool.py", "mmsa_lib/nets/fusion.py"}
+    for code in (
+        "import_module(name)",
+        "list(map(importlib.import_module, names))",
+        "from importlib import import_module as load",
+    ):
+        everything = set(reach(library, parse(code)))
+        assert everything >= {"mmsa_lib/pool.py", "mmsa_lib/nets/fusion.py"}
 
 
 def test_closure_sees_content_not_time(library):
@@ -523,28 +531,33 @@ def test_a_chapter_without_output_is_no_page(tmp_path):
         check_outputs("a", notebook(ran, idle))
 
 
-def test_files_a_chapter_shows_are_part_of_its_key(tmp_path):
-    root = make_project(
-        tmp_path,
-        {
-            "own": chapter("Own", "1"),
-            "named": chapter("Named", "find('late-fusion')"),
-            "all": chapter("All", "load_all('results')"),
-            "none": chapter("None", "1"),
-            "table": chapter("Table", "(ROOT / 'book' / 'tables' / f'{corpus}.yml')"),
-        },
-    )
-    record = json.dumps({"chapter": "own"}, indent=1)
-    write_atomic(root / "results/late-fusion-0123456789ab.json", record)
+def test_records_and_files_a_chapter_shows_are_part_of_its_key(tmp_path):
+    """Its own records and those it plainly asks for; all where that is not plain."""
+    asks = {
+        "own": "1",
+        "none": "1",
+        "named": "runs.find('late-fusion', corpus)",
+        "keyword": "find(name='late-fusion')",
+        "made": "runs.committed('own', 'mosi')",
+        "table": "(ROOT / 'book' / 'tables' / f'{corpus}.yml')",
+        "all": "runs.load_all(folder)",
+        "folder": "(ROOT / 'results').glob('*.json')",
+        "computed": "[runs.find(n) for n in names]",
+        "aliased": "f = runs.find\nf('mult')",
+        "renamed": "from mmsa_lib.runs import committed as c\nc('other')",
+        "sly": "getattr(runs, 'find')('mult')",
+    }
+    root = make_project(tmp_path, {k: chapter(k, v) for k, v in asks.items()})
+    record, other = (f"results/{n}-0123456789ab.json" for n in ("late-fusion", "mult"))
+    write_atomic(root / record, json.dumps({"chapter": "own"}, indent=1))
+    write_atomic(root / other, json.dumps({"chapter": "other"}, indent=1))
     write_atomic(root / "book/tables/mosi.yml", "a: 1")
     found = {s.chapter.name: s.key["files"] for s in states(open_book(root), "quick")}
-    record, table = "results/late-fusion-0123456789ab.json", "book/tables/mosi.yml"
+    one, every = [record], [record, other]
     assert {name: list(files) for name, files in found.items()} == {
-        "own": [record],
-        "named": [record],
-        "all": [record],
-        "none": [],
-        "table": [table],
+        **{"own": one, "none": [], "named": one, "keyword": one, "made": one},
+        **{"table": ["book/tables/mosi.yml"], "all": every, "folder": every},
+        **{"computed": every, "aliased": every, "renamed": every, "sly": every},
     }
 
 
@@ -624,3 +637,112 @@ def test_status_of_this_book_is_quick_and_never_loads_torch():
     assert done.returncode == 0, done.stderr
     names = [row["chapter"] for row in json.loads(done.stdout)]
     assert names == list(open_book(ROOT).chapters)
+
+
+# ---------------------------------------------------------------- mutation
+
+# What a chapter reaches, found another way than by `press.closure`: its imports are
+# executed, and what the loaded modules would import later, inside functions, is read
+# from their byte code.
+REACHED = """
+import dis, importlib.util, json, os, pkgutil, sys
+import numpy, scipy.stats, sklearn.linear_model, torch, matplotlib.figure  # shared
+
+def code_of(name):
+    spec = importlib.util.find_spec(name)
+    return spec.loader.get_code(name) if spec and spec.origin else None
+
+def is_module(name):
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+def imports(code, package):
+    ops = list(dis.get_instructions(code))
+    if "import_module" in code.co_names and code.co_name != "<module>":
+        yield from (m.name for m in pkgutil.iter_modules(
+            sys.modules[package].__path__, package + "."))
+    for i, op in enumerate(ops):
+        if op.opname == "IMPORT_NAME":
+            level, names = ops[i - 2].argval, ops[i - 1].argval
+            base = importlib.util.resolve_name("." * level + op.argval, package)
+            if base.split(".")[0] == "mmsa_lib":
+                yield base
+                yield from (f"{base}.{n}" for n in names or ()
+                            if is_module(f"{base}.{n}"))
+    for const in code.co_consts:
+        if hasattr(const, "co_code"):
+            yield from imports(const, package)
+
+def reached(source):
+    exec(compile(source, "chapter", "exec"), {})
+    loaded = {n for n in sys.modules if n.split(".")[0] == "mmsa_lib"}
+    found, pending = set(), sorted(loaded)
+    while pending:
+        name = pending.pop()
+        if name in found:
+            continue
+        found.add(name)
+        parent = name.rpartition(".")[0]
+        pending += [parent] if parent else []
+        spec = importlib.util.find_spec(name)
+        package = name if spec.submodule_search_locations else parent
+        pending += imports(code_of(name), package)
+    return sorted(os.path.relpath(importlib.util.find_spec(n).origin) for n in found)
+
+for source in json.load(sys.stdin):
+    if os.fork():
+        os.wait()
+    else:
+        print(json.dumps(reached(source)), flush=True)
+        os._exit(0)
+"""
+
+
+def test_editing_a_module_makes_exactly_the_chapters_stale_that_reach_it(tmp_path):
+    """Every module of the library in turn, on a copy of the book's sources."""
+    import jupytext
+
+    for name in ("mmsa_lib", "book", "results"):
+        skip = shutil.ignore_patterns("__pycache__", "_static")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=skip)
+    for name in ("_toc.yml", "_config.yml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    book = open_book(tmp_path)
+    names, sources = list(book.chapters), []
+    for chapter in book.chapters.values():
+        cells = jupytext.reads(chapter.text, fmt="md:myst").cells
+        trees = [ast.parse(c.source) for c in cells if c.cell_type == "code"]
+        found = [n for tree in trees for n in ast.walk(tree)]
+        kinds = (ast.Import, ast.ImportFrom)
+        sources.append("\n".join(ast.unparse(n) for n in found if isinstance(n, kinds)))
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", REACHED],
+        input=json.dumps(sources),
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    truth = dict(zip(names, map(json.loads, done.stdout.splitlines()), strict=True))
+    assert all("mmsa_lib/runs.py" in modules for modules in truth.values())
+
+    for state in states(book, "quick"):
+        state.product.write("executed", {"key": state.key, "seconds": 1.0})
+    assert all(s.fresh for s in states(book, "quick"))
+    modules = sorted(
+        path for path in (tmp_path / "mmsa_lib").rglob("*.py") if path.is_file()
+    )
+    unreached = []
+    for path in modules:
+        module, before = path.relative_to(tmp_path).as_posix(), path.read_text()
+        path.write_text(before + "\n_touched = 1\n")
+        stale = {s.chapter.name: s.reasons for s in states(book, "quick")}
+        path.write_text(before)
+        expected = {n: (f"{module} edited",) for n in names if module in truth[n]}
+        assert {n: r for n, r in stale.items() if r} == expected, module
+        unreached += [module] * (not expected)
+    assert "mmsa_lib/press/cli.py" in unreached
+    assert len(unreached) < len(modules)

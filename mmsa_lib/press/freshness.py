@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmsa_lib.press.chapters import Book, Chapter, parse
-from mmsa_lib.press.closure import reach
+from mmsa_lib.press.closure import name_of, reach
 from mmsa_lib.press.files import digest, sha256, sha256_of, write_atomic
 
 
@@ -118,27 +118,44 @@ def closure_hash(key: dict) -> str:
     return digest(key["library"])
 
 
+# how a chapter asks for committed records; the first argument says for which
+_QUERIES = {"find": "name", "committed": "chapter"}
+
+
 def _files(root: Path, chapter: str, code: list[ast.stmt]) -> dict[str, str]:
     """Files outside the library that a chapter may show.
 
-    Records of ``results/``, called ``<name>-<id>.json``: its own and those its code
-    names, or all where it asks for the folder (``load_all``, or a literal "results").
+    Records of ``results/``: its own, those of the names and chapters that it asks for
+    (``runs.find("late-fusion")``, ``runs.committed("baselines")``), or all of them if
+    that is not plain to see: the argument is no literal, the function goes by another
+    name, or the code uses ``load_all`` or the folder itself (a literal "results").
     Data files under ``book/``: those of which it names the file or the folder.
     """
-    words, names = set(), set()
+    words, everything = set(), False
+    asked, called = {"name": set(), "chapter": {chapter}}, set()
     for node in (n for statement in code for n in ast.walk(statement)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             words |= set(node.value.split("/"))
-        elif isinstance(node, (ast.Attribute, ast.Name)):
-            names.add(getattr(node, "attr", getattr(node, "id", "")))
-    everything = "load_all" in names or "results" in words
+        elif isinstance(node, ast.alias):
+            everything |= node.name in _QUERIES and bool(node.asname)
+        elif isinstance(node, ast.Call) and name_of(node.func) in _QUERIES:
+            kind = _QUERIES[name_of(node.func)]
+            first = node.args[:1] or [k.value for k in node.keywords if k.arg == kind]
+            if first and isinstance(first[0], ast.Constant):
+                called.add(node.func)
+                asked[kind].add(first[0].value)
+        elif name_of(node) in _QUERIES:
+            everything |= node not in called
+        else:
+            everything |= name_of(node) == "load_all"
+    everything |= bool(words & {"results", "load_all", *_QUERIES})
     found = {}
     for path in sorted((root / "results").rglob("*.json")):
         content = path.read_bytes()
         if (
             everything
-            or path.stem.rpartition("-")[0] in words
-            or f'"chapter": "{chapter}"'.encode() in content
+            or path.stem.rpartition("-")[0] in asked["name"]
+            or any(f'"chapter": "{c}"'.encode() in content for c in asked["chapter"])
         ):
             found[path.relative_to(root).as_posix()] = sha256(content)
     for path in sorted((root / "book").rglob("*")):
