@@ -125,7 +125,7 @@ def test_what_no_record_holds_is_a_dash_with_its_reason():
     assert ">—</data>" in page
     assert "— is undefined, such as the correlation of a constant" in page
     assert ">nan" not in page
-    field = "field:resources.trainable_parameters"
+    field = "field:resources.peak_gpu_mib"
     assert ">—</data>" in runs.table([record], {"trained": field}).data
 
 
