@@ -10,13 +10,15 @@ import ast
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from mmsa_lib.press.chapters import Book, Chapter, parse
 from mmsa_lib.press.closure import name_of, reach
 from mmsa_lib.press.files import digest, sha256, sha256_of, write_atomic
+from mmsa_lib.runs import RunRecord, package_sha256
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,12 @@ class Product:
             return noted
         except (OSError, ValueError, TypeError, KeyError):
             return None
+
+    def intact(self) -> bool:
+        """Whether the notebook is there and the one that was noted."""
+        noted = self.read()
+        there = noted is not None and self.notebook.is_file()
+        return there and sha256_of(self.notebook) == noted["notebook"]
 
     def write(self, notebook: str, noted: dict) -> None:
         """The notebook first, then the note with its hash: a kill between the two
@@ -89,10 +97,7 @@ def state(
     noted = product.read()
     if noted is None:
         reasons = ["never executed"]
-    elif (
-        not product.notebook.is_file()
-        or sha256_of(product.notebook) != noted["notebook"]
-    ):
+    elif not product.intact():
         reasons = ["executed notebook missing or altered"]
     else:
         reasons = list(_changes(noted["key"], key))
@@ -116,6 +121,25 @@ def key_of(book: Book, chapter: Chapter, parameters: dict) -> dict:
 def closure_hash(key: dict) -> str:
     """One hash for the part of the library that a chapter reaches."""
     return digest(key["library"])
+
+
+def moved_on(book: Book) -> Callable[[RunRecord], bool]:
+    """Whether the code that a record was made with has changed since.
+
+    A chapter's record is compared with the part of the library that the chapter reaches
+    now, any other with the whole library. True where the chapter is no longer there.
+    """
+
+    @cache
+    def now(chapter: str | None) -> str:
+        if chapter is None:
+            return package_sha256(book.root)
+        if chapter not in book.chapters:
+            return ""
+        cells = book[chapter].cells
+        return digest(reach(book.root, [n for c in cells for n in parse(c.source)]))
+
+    return lambda record: record.code.get("closure_sha256") != now(record.chapter)
 
 
 # how a chapter asks for committed records; the first argument says for which

@@ -34,12 +34,14 @@ from mmsa_lib import runs
 from mmsa_lib.errors import MmsaError
 from mmsa_lib.press.chapters import Book, Cell, Chapter, parse
 from mmsa_lib.press.closure import name_of
+from mmsa_lib.press.files import digest, sha256, sha256_of
+from mmsa_lib.press.freshness import Product, State
 
 ILLUSTRATION = "illustration"
 _NUMBER = re.compile(
     r"(?<![\w.])(?<![A-Za-z][-–])[-−+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?(?!\w)"
 )
-_DECIMAL = re.compile(r"(?<![\w.])[-−+]?\d*\.\d+(?![\w.])")
+_DECIMAL = re.compile(r"(?<![\w.])[-−+]?\d*\.\d+(?!\w|\.\d)")
 _PERCENT = re.compile(
     r"(?<![\w.])\d+(?:\s?%|\s+per ?cent\b)(?!\s+(?:confidence|interval))"
 )
@@ -137,7 +139,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Shelf:
-    """Records by the first 12 digits of their id, from the folders that may hold them."""
+    """Records by the first 12 digits of their id, from folders that may hold them."""
 
     folders: tuple[Path, ...]
 
@@ -149,11 +151,42 @@ class Shelf:
     def __getitem__(self, short: str) -> runs.RunRecord:
         """Raises `RecordError` if there is none of that id, or it was edited."""
         if short not in self.files:
+            places = " or ".join(f.name for f in self.folders)
             raise runs.RecordError(
-                f"there is no record {short} in "
-                f"{' or '.join(f.name for f in self.folders)}; execute the chapter again"
+                f"there is no record {short} in {places}; execute the chapter again"
             )
         return runs.load(self.files[short])
+
+
+def last_good(book: Book, state: State) -> Product:
+    """Where the last version of a chapter that passed lies, if there is one."""
+    name = f"{state.chapter.name}.ipynb"
+    return Product(book.build / "good" / state.profile / name)
+
+
+def approve(
+    book: Book, state: State, shelf: Shelf, bands: Mapping
+) -> tuple[Product, list[str]]:
+    """Where the last version that passed lies, and the problems of the newest one.
+
+    A notebook that passes is copied to ``_build/good/PROFILE/``, from where the book
+    is rendered; one that does not leaves the last good one there. What passed before is
+    not looked at again until the notebook, its bands or these gates change.
+    """
+    good = last_good(book, state)
+    text = state.product.notebook.read_text(encoding="utf-8")
+    noted = state.product.read() or {}
+    key = digest([sha256(text), state.chapter.sha256, bands, sha256_of(Path(__file__))])
+    last = good.read()
+    if last and last["key"] == key and good.intact():
+        return good, []
+    made = noted.get("records", [])
+    found = check_chapter(book, state.chapter, json.loads(text), shelf, bands, made)
+    if not found.problems:
+        more = {"numbers": found.numbers, "used": sorted(found.records)}
+        facts = {"key": key, "records": made, "seconds": noted.get("seconds", 0)}
+        good.write(text, facts | more)
+    return good, found.problems
 
 
 def check_chapter(
@@ -231,25 +264,27 @@ def _expects(cell: Cell, statements: list[ast.stmt]) -> str:
         node = blocks.pop()
         if isinstance(node, (ast.For, ast.With)):
             blocks += node.body
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-            if name_of(node.value.func) in _SHOWN:
-                return f"it calls {name_of(node.value.func)}"
+        elif isinstance(node, ast.Expr):
+            call = name_of(getattr(node.value, "func", node))
+            if call in _SHOWN:
+                return f"it calls {call}"
     return ""
 
 
 def _lost(statements: list[ast.stmt]) -> Iterator[tuple[int, str]]:
     """Displays that Jupyter drops: ``runs.say(...)`` anywhere but at the end."""
-    blocks, last = list(statements), statements[-1:]
+    shown = statements and isinstance(statements[-1], ast.Expr)
+    blocks = statements[:-1] if shown else list(statements)
     while blocks:
         node = blocks.pop(0)
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            continue
         blocks += [n for n in ast.iter_child_nodes(node) if isinstance(n, ast.stmt)]
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) or [node] == last:
-            blocks = [n for n in blocks if n not in ast.walk(node)]
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-            call = node.value.func
-            if isinstance(call, ast.Attribute) and name_of(call.value) == "runs":
-                if call.attr in _VALUES:
-                    yield node.lineno, call.attr
+        if isinstance(node, ast.Expr):
+            call = getattr(node.value, "func", node)
+            owner = name_of(getattr(call, "value", call))
+            if owner == "runs" and name_of(call) in _VALUES:
+                yield node.lineno, name_of(call)
 
 
 def _check_output(book, cell, output, shelf, found: Findings) -> Iterator[str]:
@@ -296,10 +331,11 @@ def _check_output(book, cell, output, shelf, found: Findings) -> Iterator[str]:
         return
     for text in page.plain:
         for number in _NUMBER.findall(text):
+            around = _short(" ".join(text.split()))
             yield (
-                f"shows {number} in {_short(' '.join(text.split()))!r}, which no record "
-                "backs. Take it from one (runs.number, runs.value), name its source "
-                f"(runs.given), or tag the cell {ILLUSTRATION} if this is no result"
+                f"shows {number} in {around!r}, which no record backs. Take it from "
+                "one (runs.number, runs.value), name its source (runs.given), or tag "
+                f"the cell {ILLUSTRATION} if this is no result"
             )
 
 
@@ -335,8 +371,8 @@ def _check_mark(book: Book, mark: _Mark, shelf, found: Findings) -> Iterator[str
             digits, suffix = int(a["data-digits"]), a.get("data-suffix", "")
             number = runs.recall(shelf[short], path, digits, suffix)
             expected, count = str(number), 1
-            same = float(a["value"]) == number.value or math.isnan(number.value)
-            expected = expected if same else f"{expected} ({number.value!r})"
+            if expected == mark.text and float(a["value"]) != number.value:
+                expected += "" if math.isnan(number.value) else f" ({number.value!r})"
     except KeyError as error:
         if isinstance(error, MmsaError):
             yield f"{mark.text!r}: {error}"
@@ -415,9 +451,10 @@ def _check_prose(text: str) -> Iterator[tuple[int, str]]:
     """
     prose, exercises = _prose(text)
     for number, line in enumerate(prose.splitlines(), 1):
-        found = _DECIMAL.findall(line)
-        found += [] if number in exercises else _PERCENT.findall(line)
-        for typed in found:
+        found = list(_DECIMAL.finditer(line))
+        found += [] if number in exercises else _PERCENT.finditer(line)
+        for match in sorted(found, key=lambda m: m.start()):
+            typed = match[0]
             yield (
                 number,
                 f"{typed} is typed by hand. Take it from a record (runs.say), or name "
@@ -566,7 +603,3 @@ def _text(content: str | list[str]) -> str:
 
 def _short(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def read_notebook(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
