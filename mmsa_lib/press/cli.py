@@ -80,11 +80,18 @@ def build(profile: Profile = "quick", jobs: Jobs = 2) -> None:
                     console.print(f"the notebook up to there: {shown}")
         trace, refused = _gated(book, profile, known, failed)
         current = trace is not None and is_current(book, trace)
+        problem = ""
         if trace is not None and not current:
             console.print(f"rendering {len(book.pages)} pages ...")
-            render(book, trace)
+            try:
+                render(book, trace)
+            except BookError as error:
+                problem = str(error)
         if failed or refused:
-            raise BookError(_what_failed(known, failed, refused, trace is not None))
+            words = _what_failed(known, failed, refused, trace is not None)
+            problem = f"{problem}\n{words}".strip()
+        if problem:
+            raise BookError(problem)
     verb = "nothing changed" if current else "the book is ready"
     index = _short(book.build / "html" / "index.html")
     console.print(f"{verb} ({time.time() - began:.0f} s): open {index}")
@@ -96,7 +103,7 @@ def _gated(book: Book, profile: str, known: list, failed: set[str]):
     Instead of the first, None if a chapter has no good version yet.
     """
     from mmsa_lib.press.cards import Shown, Trace
-    from mmsa_lib.press.gates import Shelf, approve, last_good
+    from mmsa_lib.press.gates import Shelf, approve
 
     shelf = Shelf((book.root / "results", book.build / "records"))
     bands = book.bands(profile)
@@ -104,7 +111,7 @@ def _gated(book: Book, profile: str, known: list, failed: set[str]):
     for state in known:
         name = state.chapter.name
         if name in failed:
-            good = last_good(book, state)
+            good = state.good
         else:
             good, problems = approve(book, state, shelf, bands.get(name, {}))
             if problems:
@@ -164,6 +171,7 @@ def run(
     """
     from mmsa_lib.press.execute import execute
     from mmsa_lib.press.freshness import Product, State, key_of
+    from mmsa_lib.press.gates import Shelf, check_chapter
 
     book = open_book(find_root())
     one = book[chapter]
@@ -181,6 +189,10 @@ def run(
     if not outcome.ok:
         console.print(f"\n[bold red]FAILED[/] {escape(outcome.error)}")
         raise BookError(f"{chapter} failed after {outcome.seconds:.0f} s")
+    notebook = json.loads(outcome.notebook.read_text(encoding="utf-8"))
+    shelf = Shelf((book.root / "results", records))
+    for problem in check_chapter(book, one, notebook, shelf).problems:
+        console.print(f"[yellow]a build would refuse this:[/] {escape(problem)}")
     console.print(f"notebook: {_short(outcome.notebook)}")
     for name in outcome.records:
         console.print(f"record:   {_short(records / name)}.json")
@@ -198,7 +210,7 @@ def status(profile: Profile = "quick", as_json: AsJson = False) -> None:
         return
     table = _table("chapter", "state", "why", "seconds", "records")
     for row in rows:
-        style = "green" if row["state"] == "fresh" else "yellow"
+        style = {"fresh": "green", "refused": "red"}.get(row["state"], "yellow")
         why = row["reasons"][:4]
         why += [f"and {len(row['reasons']) - 4} more"] * (len(row["reasons"]) > 4)
         table.add_row(

@@ -70,11 +70,25 @@ class State:
     def fresh(self) -> bool:
         return not self.reasons
 
+    @property
+    def good(self) -> Product:
+        """The last version that passed the gates; the book shows it."""
+        folder = self.product.notebook.parents[2] / "good" / self.profile
+        return Product(folder / self.product.notebook.name)
+
     def as_dict(self) -> dict:
+        state = "fresh" if self.fresh else "stale" if self.noted else "new"
+        reasons = list(self.reasons)
+        if (
+            self.fresh
+            and (self.good.read() or {}).get("notebook") != (self.noted["notebook"])
+        ):
+            state = "refused"
+            reasons = ["it has not passed the gates; mmsa-book build says why"]
         return {
             "chapter": self.chapter.name,
-            "state": "fresh" if self.fresh else "stale" if self.noted else "new",
-            "reasons": list(self.reasons),
+            "state": state,
+            "reasons": reasons,
             "seconds": (self.noted or {}).get("seconds"),
             "record": (self.noted or {}).get("records", []),
         }

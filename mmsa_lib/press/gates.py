@@ -158,22 +158,16 @@ class Shelf:
         return runs.load(self.files[short])
 
 
-def last_good(book: Book, state: State) -> Product:
-    """Where the last version of a chapter that passed lies, if there is one."""
-    name = f"{state.chapter.name}.ipynb"
-    return Product(book.build / "good" / state.profile / name)
-
-
 def approve(
     book: Book, state: State, shelf: Shelf, bands: Mapping
 ) -> tuple[Product, list[str]]:
-    """Where the last version that passed lies, and the problems of the newest one.
+    """The last version of a chapter that passed, and the problems of the newest one.
 
     A notebook that passes is copied to ``_build/good/PROFILE/``, from where the book
     is rendered; one that does not leaves the last good one there. What passed before is
     not looked at again until the notebook, its bands or these gates change.
     """
-    good = last_good(book, state)
+    good = state.good
     text = state.product.notebook.read_text(encoding="utf-8")
     noted = state.product.read() or {}
     key = digest([sha256(text), state.chapter.sha256, bands, sha256_of(Path(__file__))])
