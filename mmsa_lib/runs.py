@@ -1,8 +1,9 @@
 """Run records: what was run, on what, with which result. JSON, never edited.
 
 Numbers reach a page only through a record: `table`, `number` and `say` mark every
-printed figure with the record and the field it came from, so that a gate can compare
-the page with the record. Importing this module does not load torch.
+printed figure with the record and the field it came from. A gate of the press computes
+each of them again from the record's file (`recall`, `verdict_of`, `run_card`) and
+compares. Importing this module does not load torch.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -30,6 +31,7 @@ from pathlib import Path
 from mmsa_lib.errors import MmsaError, unknown
 
 SCHEMA = 1
+UNDEFINED = "—"  # what a page shows where a record has no value
 ROOT = Path(__file__).resolve().parent.parent  # the checkout, when there is one
 
 
@@ -128,10 +130,10 @@ def _sha256(path: Path) -> str | None:
 
 
 @cache
-def _package_sha256() -> str:
+def package_sha256(root: Path = ROOT) -> str:
     """Hash of every source file of the package: the closure when none was given."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).resolve().parent.rglob("*.py")):
+    for path in sorted((root / "mmsa_lib").rglob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -143,7 +145,7 @@ def code_facts() -> dict:
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
         "chapter_sha256": os.environ.get("MMSA_CHAPTER_SHA"),
-        "closure_sha256": os.environ.get("MMSA_CLOSURE_SHA") or _package_sha256(),
+        "closure_sha256": os.environ.get("MMSA_CLOSURE_SHA") or package_sha256(),
         "lock_sha256": _sha256(ROOT / "constraints.txt"),
     }
 
@@ -293,6 +295,25 @@ def find(name: str, corpus: str | None = None, folder: Path | None = None) -> Ru
     return named[-1]
 
 
+def committed(
+    chapter: str, corpus: str | None = None, folder: Path | None = None
+) -> list[RunRecord]:
+    """The newest committed record of each name (and corpus) that a chapter made.
+
+    Oldest first. Raises `UnknownNameError` if ``results/`` has none of that chapter.
+    """
+    records = load_all(folder or ROOT / "results")
+    newest = {
+        (r.name, r.corpus.get("name")): r
+        for r in records
+        if r.chapter == chapter and corpus in (None, r.corpus.get("name"))
+    }
+    if not newest:
+        made = {f"{r.chapter} on {r.corpus.get('name')}" for r in records if r.chapter}
+        raise unknown("committed records", f"{chapter} on {corpus or 'any'}", made)
+    return sorted(newest.values(), key=lambda r: r.created)
+
+
 def _new(name: str, kind: str, **fields) -> RunRecord:
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
         raise RecordError(
@@ -427,7 +448,9 @@ def compare(
         "comparison",
         seeds=a.seeds,
         corpus=a.corpus,
-        rows=[{"a": a.id, "b": b.id, **asdict(found), "verdict": found.verdict}],
+        rows=[
+            {"records": [a.id, b.id], **asdict(found), "verdict": found.verdict},
+        ],
     )
     record = seal(record)
     save(record)
@@ -459,30 +482,69 @@ class Number:
 
     def __str__(self) -> str:
         if math.isnan(self.value):
-            return "–"
+            return UNDEFINED
         text = f"{self.value:,.{self.digits}f}{self.suffix}"
         return text.replace("-", "\N{MINUS SIGN}")
 
     def _repr_html_(self) -> str:
+        short, path = self.record[:12], html.escape(self.path)
+        title = f"record {short}: {path}"
+        if math.isnan(self.value):
+            title += " is undefined, so the record holds no value"
+        suffix = f' data-suffix="{html.escape(self.suffix)}"' if self.suffix else ""
         return (
-            f'<data class="rec" value="{self.value!r}" data-record="{self.record[:12]}"'
-            f' data-path="{html.escape(self.path)}" title="record {self.record[:12]}: '
-            f'{html.escape(self.path)}">{html.escape(str(self))}</data>'
+            f'<data class="rec" value="{self.value!r}" data-record="{short}"'
+            f' data-path="{path}" data-digits="{self.digits}"{suffix}'
+            f' title="{title}">{html.escape(str(self))}</data>'
         )
+
+
+@dataclass(frozen=True)
+class Given:
+    """A number that no run produced: chosen, defined, or taken from a source."""
+
+    text: str
+    source: str
+
+    def _repr_html_(self) -> str:
+        return (
+            f'<data class="given" value="" title="{html.escape(self.source)}">'
+            f"{html.escape(self.text)}</data>"
+        )
+
+
+def given(text: object, source: str) -> Given:
+    """A number for `say` and captions that has no record, with where it comes from.
+
+    In prose the same is written ``[0.88]{.given source="where from"}``.
+    """
+    if not source.strip():
+        raise RecordError(f"{text!r} has no record, so say where it comes from")
+    return Given(str(text), source)
 
 
 def number(
     record: RunRecord, path: str, *, of: str = "mean", digits: int = 3, suffix: str = ""
 ) -> Number:
-    """A number of a record: `of` is "mean" or "sd" over seeds, or "field" itself."""
-    if of == "field":
-        value = _walk(asdict(record), path)
+    """A number of a record.
+
+    of: "mean" or "sd" over seeds, "field" for the field itself, "count" for its length.
+    """
+    if of in ("field", "count"):
+        found = _walk(asdict(record), path)
+        found = len(found) if of == "count" else math.nan if found is None else found
     else:
-        value = {"mean": record.mean, "sd": record.sd}[of](path)
-    return Number(float(value), record.id, f"{of}({path})", digits, suffix)
+        found = {"mean": record.mean, "sd": record.sd}[of](path)
+    return Number(float(found), record.id, f"{of}({path})", digits, suffix)
 
 
-def say(template: str, **numbers: Number):
+def recall(record: RunRecord, path: str, digits: int, suffix: str = "") -> Number:
+    """The number that a mark on a page names (its ``data-path``), computed anew."""
+    of, _, field_ = path.removesuffix(")").partition("(")
+    return number(record, field_, of=of, digits=digits, suffix=suffix)
+
+
+def say(template: str, **numbers: Number | Given):
     """A sentence with record-backed numbers: ``say("MAE {mae}.", mae=number(...))``."""
     from IPython.display import HTML
 
@@ -501,10 +563,23 @@ def verdict(*records: RunRecord):
 
     lines = [
         f'<li class="rec" data-record="{r.id[:12]}" data-path="rows.0.verdict">'
-        f"{html.escape(_walk(asdict(r), 'rows.0.verdict'))}</li>"
+        f"{html.escape(verdict_of(r))}</li>"
         for r in records
     ]
     return HTML(f"<ul>{''.join(lines)}</ul>")
+
+
+def verdict_of(record: RunRecord) -> str:
+    """The sentence of a `compare` record, worded anew from its numbers."""
+    from mmsa_lib.statistics import Comparison
+
+    row = record.rows[0] if record.rows else {}
+    try:
+        return Comparison(**{f.name: row[f.name] for f in fields(Comparison)}).verdict
+    except KeyError as error:
+        raise RecordError(
+            f"record {record.name}-{record.id[:12]} is no comparison: it lacks {error}"
+        ) from error
 
 
 def table(
@@ -515,12 +590,14 @@ def table(
     digits: Mapping[str, int] | None = None,
     caption: str = "",
     sd: Iterable[str] = ("test.mae",),
+    **numbers: Number | Given,
 ):
     """An HTML table, one row a record, one column a field, every number marked.
 
     columns: heading -> path, such as ``{"MAE": "test.mae"}`` (mean over seeds), or
     ``"field:resources.trainable_parameters"`` for a field of the record itself.
     sd: paths shown as mean +- sample standard deviation.
+    caption: may hold ``{n}``, filled from ``n=runs.number(...)``.
     Synthetic and real corpora never share a table: mixing them raises `RecordError`.
     """
     from IPython.display import HTML
@@ -542,15 +619,24 @@ def table(
             cells.append(f"<td>{_cell(record, path, places, path in sd)}</td>")
         title = html.escape(names.get(record.name, record.name))
         body.append(f"<tr><th scope='row'>{title}</th>{''.join(cells)}</tr>")
+    rows = "".join(body)
     kind = "synthetic" if records and records[0].synthetic else "real"
-    seeds = sorted({len(r.seeds) for r in records})
-    note = f"{caption} Mean over {' or '.join(map(str, seeds))} seeds"
+    note = html.escape(caption)
+    if numbers:
+        note = note.format(**{k: n._repr_html_() for k, n in numbers.items()})
+    seeds = {len(r.seeds): number(r, "seeds", of="count", digits=0) for r in records}
+    counts = " or ".join(n._repr_html_() for _, n in sorted(seeds.items()))
+    note += f" Mean over {counts} seeds"
     note += ", with sample standard deviation where shown." if sd else "."
+    if f">{UNDEFINED}<" in rows:
+        note += (
+            f" {UNDEFINED} is undefined, such as the correlation of a constant, or "
+            "not there."
+        )
     note += " Synthetic corpus." if kind == "synthetic" else ""
     return HTML(
-        f'<div class="rec-table"><table class="{kind}"><caption>{html.escape(note)}'
-        f"</caption><thead><tr><th></th>{head}</tr></thead>"
-        f"<tbody>{''.join(body)}</tbody></table></div>"
+        f'<div class="rec-table"><table class="{kind}"><caption>{note}</caption>'
+        f"<thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
 
@@ -568,19 +654,24 @@ def reference_table(path: Path | str, columns: Mapping[str, str]):
     if not body.get("caption"):
         raise RecordError(f"{Path(path).name} needs a caption with its source")
     head = "".join(f"<th scope='col'>{html.escape(c)}</th>" for c in columns)
+
+    source = Path(path).name
+
+    def mark(path: str) -> str:
+        return f'class="ref" data-source="{source}" data-path="{path}"'
+
     rows = []
     for i, row in enumerate(body["rows"]):
         cells = "".join(
-            f'<td><data class="ref" data-source="{Path(path).name}" '
-            f'data-path="rows.{i}.{key}">{html.escape(str(row.get(key, "–")))}</data>'
-            "</td>"
+            f"<td><data {mark(f'rows.{i}.{key}')}>"
+            f"{html.escape(str(row.get(key, UNDEFINED)))}</data></td>"
             for key in columns.values()
         )
         name = html.escape(row["model"])
         rows.append(f"<tr><th scope='row'>{name}</th>{cells}</tr>")
     return HTML(
         '<div class="rec-table"><table class="reference">'
-        f"<caption>{html.escape(body['caption'])}</caption>"
+        f"<caption {mark('caption')}>{html.escape(body['caption'])}</caption>"
         f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
         "</table></div>"
     )
@@ -588,50 +679,68 @@ def reference_table(path: Path | str, columns: Mapping[str, str]):
 
 def _cell(record: RunRecord, path: str, digits: int, with_sd: bool) -> str:
     if path.startswith("field:"):
-        value = _walk(asdict(record), path.removeprefix("field:"))
-        if value is None:
-            return "–"
-        return Number(float(value), record.id, path, 0)._repr_html_()
+        path = path.removeprefix("field:")
+        return number(record, path, of="field", digits=0)._repr_html_()
     text = number(record, path, digits=digits)._repr_html_()
     if with_sd and len(record.seeds) > 1:
         text += " ± " + number(record, path, of="sd", digits=digits)._repr_html_()
     return text
 
 
+def facts(records: Iterable[RunRecord]) -> dict[str, str]:
+    """What runs cost and where they come from, by name: the lines of a run card."""
+    records = sorted(records, key=lambda r: r.created)
+    if not records:
+        raise RecordError("a run card needs at least one record")
+
+    def known(key: str) -> list:
+        return [r.resources[key] for r in records if r.resources.get(key) is not None]
+
+    def span(values: Iterable) -> str:
+        ends = [min(values), max(values)] if values else []
+        return " to ".join(f"{v:,}" for v in dict.fromkeys(ends)) or UNDEFINED
+
+    corpora = {
+        f"{r.corpus['name']} ({'synthetic' if r.synthetic else 'real'})"
+        for r in records
+        if r.corpus
+    }
+    memory = [f"{max(m):,} MiB" for m in [known("peak_ram_mib")] if m]
+    memory += [f"GPU {max(m):,} MiB" for m in [known("peak_gpu_mib")] if m]
+    machines = {r.environment.get("gpu") or r.environment.get("cpu") for r in records}
+    commits = {  # the last one first
+        (r.code.get("commit") or "no commit")[:10]
+        + (" (with local changes)" if r.code.get("dirty") else "")
+        for r in records
+    }
+    last = (records[-1].code.get("commit") or "no commit")[:10]
+    return {
+        "Training time": f"{sum(known('wall_seconds')):,.0f} s in "
+        f"{len(records)} record{'s' * (len(records) > 1)}",
+        "Peak memory": ", ".join(memory) or UNDEFINED,
+        "Trained parameters": span([n for n in known("trainable_parameters") if n]),
+        "Corpus": ", ".join(sorted(corpora)) or UNDEFINED,
+        "Seeds": ", ".join(map(str, sorted({s for r in records for s in r.seeds})))
+        or UNDEFINED,
+        "Hardware": ", ".join(sorted(m for m in machines if m)) or UNDEFINED,
+        "Commit": ", ".join(sorted(commits, key=lambda c: (not c.startswith(last), c))),
+        "Date": records[-1].created[:10],
+    }
+
+
 def run_card(records: Iterable[RunRecord]):
-    """The footer of a chapter: time, memory, parameters, corpus, seeds, commit."""
+    """The footer of a chapter: time, memory, parameters, corpus, seeds, commit.
+
+    The rendered page adds whether the chapter is fresh, which only the press knows.
+    """
     from IPython.display import HTML
 
     records = list(records)
-    if not records:
-        raise RecordError("a run card needs at least one record")
-    last = records[-1]
-    trainable = [
-        r.resources["trainable_parameters"]
-        for r in records
-        if r.resources.get("trainable_parameters")
-    ]
-    wall = sum(r.resources.get("wall_seconds") or 0 for r in records)
-    commit = (last.code.get("commit") or "no commit")[:10]
-    rows = {
-        "Training time": f"{wall:.0f} s in {len(records)} records",
-        "Peak memory": f"{max(r.resources['peak_ram_mib'] for r in records):,} MiB",
-        "Trained parameters": f"{min(trainable):,} to {max(trainable):,}"
-        if trainable
-        else "none",
-        "Corpus": ", ".join(
-            sorted(
-                f"{r.corpus['name']} ({'synthetic' if r.synthetic else 'real'})"
-                for r in {r.corpus["sha256"]: r for r in records}.values()
-            )
-        ),
-        "Seeds": ", ".join(map(str, sorted({s for r in records for s in r.seeds}))),
-        "Hardware": last.environment.get("gpu") or last.environment.get("cpu") or "?",
-        "Commit": commit + (" (with local changes)" if last.code.get("dirty") else ""),
-        "Date": last.created[:10],
-    }
     cells = "".join(
         f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>"
-        for k, v in rows.items()
+        for k, v in facts(records).items()
     )
-    return HTML(f'<dl class="run-card" aria-label="Run card">{cells}</dl>')
+    ids = " ".join(r.id[:12] for r in records)
+    return HTML(
+        f'<dl class="run-card" aria-label="Run card" data-records="{ids}">{cells}</dl>'
+    )

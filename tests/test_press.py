@@ -1,7 +1,9 @@
 """The press: chapters are found, executed once, rendered strictly; errors are named."""
 
+import ast
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -253,6 +255,7 @@ def library(tmp_path) -> Path:
         ("import mmsa_lib.loop", "__init__ loop pool"),
         ("import mmsa_lib.lazy", "__init__ errors lazy runs"),
         ("__import__('mmsa_lib.errors')", "__init__ errors"),
+        ("call(['python', '-m', 'mmsa_lib.errors'])", "__init__ errors"),
         ("%matplotlib inline\nimport mmsa_lib.errors", "__init__ errors"),
         ("files = !ls\nfrom mmsa_lib.runs import (\n load)", "__init__ errors runs"),
     ],
@@ -271,8 +274,13 @@ def test_closure_is_wide_where_a_name_is_known_at_run_time(library):
     assert found == files | {"mmsa_lib/corpora/words/list.txt"}
     star = set(reach(library, parse("from mmsa_lib.nets import *")))
     assert "mmsa_lib/nets/fusion.py" in star
-    everything = set(reach(library, parse("import_module(name)")))
-    assert everything >= {"mmsa_lib/pool.py", "mmsa_lib/nets/fusion.py"}
+    for code in (
+        "import_module(name)",
+        "list(map(importlib.import_module, names))",
+        "from importlib import import_module as load",
+    ):
+        everything = set(reach(library, parse(code)))
+        assert everything >= {"mmsa_lib/pool.py", "mmsa_lib/nets/fusion.py"}
 
 
 def test_closure_sees_content_not_time(library):
@@ -293,9 +301,11 @@ def test_closure_sees_content_not_time(library):
 # ---------------------------------------------------------------- building
 
 
-GOOD = chapter(
-    "Good",
+GOOD = chapter("Good") + cell(
     "from mmsa_lib.used import VALUE\nprint('value', VALUE, 'profile', profile)",
+    ":tags: [illustration]\n",
+)
+GOOD += cell(
     "import os, sys, json, pathlib\n"
     "names = ['CHAPTER', 'CHAPTER_SHA', 'CLOSURE_SHA', 'PROFILE', 'RECORDS', 'DATA']\n"
     "env = {n: os.environ['MMSA_' + n] for n in names} | {\n"
@@ -359,7 +369,7 @@ def test_the_life_of_a_book(tmp_path, capsys, monkeypatch):
     assert Path(env["python"]).samefile(sys.executable)
 
     # mended, the same command executes only these, and renders
-    (root / "book/bad.md").write_text(chapter("Bad", "print(1)"))
+    (root / "book/bad.md").write_text(chapter("Bad", "print('one')"))
     (root / "book/dead.md").unlink()
     toc = (root / "_toc.yml").read_text().replace("  - file: book/dead\n", "")
     (root / "_toc.yml").write_text(toc)
@@ -367,6 +377,7 @@ def test_the_life_of_a_book(tmp_path, capsys, monkeypatch):
     assert code == 0, printed
     assert "2 chapters: 1 fresh, 1 to execute" in printed
     assert "bad: done" in printed
+    assert "good: 0 numbers equal their records" in printed
     assert "good: started" not in printed
     page = (root / "_build/html/book/good.html").read_text()
     assert "value 17 profile quick" in page
@@ -392,7 +403,8 @@ def test_the_life_of_a_book(tmp_path, capsys, monkeypatch):
 
     # a module that no chapter reaches changes nothing; one that is reached, its chapter
     (root / "mmsa_lib/unused.py").write_text("VALUE = 0\n")
-    assert all(s.fresh for s in states(open_book(root), "quick"))
+    code, printed = mmsa_book(capsys, "build")
+    assert "2 fresh, 0 to execute" in printed and "nothing changed" in printed
     (root / "mmsa_lib/used.py").write_text("VALUE = 99\n")
     code, printed = mmsa_book(capsys, "status", "--json")
     rows = {row["chapter"]: row for row in json.loads(printed)}
@@ -505,46 +517,33 @@ def test_two_builds_at_once_wait_for_each_other(tmp_path):
     process.stdout.close()
 
 
-def test_a_chapter_without_output_is_no_page(tmp_path):
-    from mmsa_lib.press.render import check_outputs
-
-    def notebook(*cells):
-        path = tmp_path / "n.ipynb"
-        path.write_text(json.dumps({"cells": list(cells)}))
-        return path
-
-    ran = {"cell_type": "code", "source": "1", "execution_count": 1, "outputs": [{}]}
-    silent = ran | {"outputs": []}
-    idle = silent | {"execution_count": None}
-    check_outputs("a", notebook(ran, silent))
-    with pytest.raises(BookError, match="a: no code cell has an output"):
-        check_outputs("a", notebook(silent))
-    with pytest.raises(BookError, match="a: 1 of 2 code cells were not executed"):
-        check_outputs("a", notebook(ran, idle))
-
-
-def test_files_a_chapter_shows_are_part_of_its_key(tmp_path):
-    root = make_project(
-        tmp_path,
-        {
-            "own": chapter("Own", "1"),
-            "named": chapter("Named", "find('late-fusion')"),
-            "all": chapter("All", "load_all('results')"),
-            "none": chapter("None", "1"),
-            "table": chapter("Table", "(ROOT / 'book' / 'tables' / f'{corpus}.yml')"),
-        },
-    )
-    record = json.dumps({"chapter": "own"}, indent=1)
-    write_atomic(root / "results/late-fusion-0123456789ab.json", record)
+def test_records_and_files_a_chapter_shows_are_part_of_its_key(tmp_path):
+    """Its own records and those it plainly asks for; all where that is not plain."""
+    asks = {
+        "own": "1",
+        "none": "1",
+        "named": "runs.find('late-fusion', corpus)",
+        "keyword": "find(name='late-fusion')",
+        "made": "runs.committed('own', 'mosi')",
+        "table": "(ROOT / 'book' / 'tables' / f'{corpus}.yml')",
+        "all": "runs.load_all(folder)",
+        "folder": "(ROOT / 'results').glob('*.json')",
+        "computed": "[runs.find(n) for n in names]",
+        "aliased": "f = runs.find\nf('mult')",
+        "renamed": "from mmsa_lib.runs import committed as c\nc('other')",
+        "sly": "getattr(runs, 'find')('mult')",
+    }
+    root = make_project(tmp_path, {k: chapter(k, v) for k, v in asks.items()})
+    record, other = (f"results/{n}-0123456789ab.json" for n in ("late-fusion", "mult"))
+    write_atomic(root / record, json.dumps({"chapter": "own"}, indent=1))
+    write_atomic(root / other, json.dumps({"chapter": "other"}, indent=1))
     write_atomic(root / "book/tables/mosi.yml", "a: 1")
     found = {s.chapter.name: s.key["files"] for s in states(open_book(root), "quick")}
-    record, table = "results/late-fusion-0123456789ab.json", "book/tables/mosi.yml"
+    one, every = [record], [record, other]
     assert {name: list(files) for name, files in found.items()} == {
-        "own": [record],
-        "named": [record],
-        "all": [record],
-        "none": [],
-        "table": [table],
+        **{"own": one, "none": [], "named": one, "keyword": one, "made": one},
+        **{"table": ["book/tables/mosi.yml"], "all": every, "folder": every},
+        **{"computed": every, "aliased": every, "renamed": every, "sly": every},
     }
 
 
@@ -624,3 +623,112 @@ def test_status_of_this_book_is_quick_and_never_loads_torch():
     assert done.returncode == 0, done.stderr
     names = [row["chapter"] for row in json.loads(done.stdout)]
     assert names == list(open_book(ROOT).chapters)
+
+
+# ---------------------------------------------------------------- mutation
+
+# What a chapter reaches, found another way than by `press.closure`: its imports are
+# executed, and what the loaded modules would import later, inside functions, is read
+# from their byte code.
+REACHED = """
+import dis, importlib.util, json, os, pkgutil, sys
+import numpy, scipy.stats, sklearn.linear_model, torch, matplotlib.figure  # shared
+
+def code_of(name):
+    spec = importlib.util.find_spec(name)
+    return spec.loader.get_code(name) if spec and spec.origin else None
+
+def is_module(name):
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+def imports(code, package):
+    ops = list(dis.get_instructions(code))
+    if "import_module" in code.co_names and code.co_name != "<module>":
+        yield from (m.name for m in pkgutil.iter_modules(
+            sys.modules[package].__path__, package + "."))
+    for i, op in enumerate(ops):
+        if op.opname == "IMPORT_NAME":
+            level, names = ops[i - 2].argval, ops[i - 1].argval
+            base = importlib.util.resolve_name("." * level + op.argval, package)
+            if base.split(".")[0] == "mmsa_lib":
+                yield base
+                yield from (f"{base}.{n}" for n in names or ()
+                            if is_module(f"{base}.{n}"))
+    for const in code.co_consts:
+        if hasattr(const, "co_code"):
+            yield from imports(const, package)
+
+def reached(source):
+    exec(compile(source, "chapter", "exec"), {})
+    loaded = {n for n in sys.modules if n.split(".")[0] == "mmsa_lib"}
+    found, pending = set(), sorted(loaded)
+    while pending:
+        name = pending.pop()
+        if name in found:
+            continue
+        found.add(name)
+        parent = name.rpartition(".")[0]
+        pending += [parent] if parent else []
+        spec = importlib.util.find_spec(name)
+        package = name if spec.submodule_search_locations else parent
+        pending += imports(code_of(name), package)
+    return sorted(os.path.relpath(importlib.util.find_spec(n).origin) for n in found)
+
+for source in json.load(sys.stdin):
+    if os.fork():
+        os.wait()
+    else:
+        print(json.dumps(reached(source)), flush=True)
+        os._exit(0)
+"""
+
+
+def test_editing_a_module_makes_exactly_the_chapters_stale_that_reach_it(tmp_path):
+    """Every module of the library in turn, on a copy of the book's sources."""
+    import jupytext
+
+    for name in ("mmsa_lib", "book", "results"):
+        skip = shutil.ignore_patterns("__pycache__", "_static")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=skip)
+    for name in ("_toc.yml", "_config.yml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    book = open_book(tmp_path)
+    names, sources = list(book.chapters), []
+    for chapter in book.chapters.values():
+        cells = jupytext.reads(chapter.text, fmt="md:myst").cells
+        trees = [ast.parse(c.source) for c in cells if c.cell_type == "code"]
+        found = [n for tree in trees for n in ast.walk(tree)]
+        kinds = (ast.Import, ast.ImportFrom)
+        sources.append("\n".join(ast.unparse(n) for n in found if isinstance(n, kinds)))
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", REACHED],
+        input=json.dumps(sources),
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    truth = dict(zip(names, map(json.loads, done.stdout.splitlines()), strict=True))
+    assert all("mmsa_lib/runs.py" in modules for modules in truth.values())
+
+    for state in states(book, "quick"):
+        state.product.write("executed", {"key": state.key, "seconds": 1.0})
+    assert all(s.fresh for s in states(book, "quick"))
+    modules = sorted(
+        path for path in (tmp_path / "mmsa_lib").rglob("*.py") if path.is_file()
+    )
+    unreached = []
+    for path in modules:
+        module, before = path.relative_to(tmp_path).as_posix(), path.read_text()
+        path.write_text(before + "\n_touched = 1\n")
+        stale = {s.chapter.name: s.reasons for s in states(book, "quick")}
+        path.write_text(before)
+        expected = {n: (f"{module} edited",) for n in names if module in truth[n]}
+        assert {n: r for n, r in stale.items() if r} == expected, module
+        unreached += [module] * (not expected)
+    assert "mmsa_lib/press/cli.py" in unreached
+    assert len(unreached) < len(modules)

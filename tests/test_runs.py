@@ -74,7 +74,7 @@ def test_undefined_metrics_are_null_on_disk_and_nan_in_memory(records):
     )
     assert math.isnan(record.mean("test.corr"))
     assert '"corr": null' in next(records.iterdir()).read_text()
-    assert str(runs.number(record, "test.corr")) == "–"
+    assert str(runs.number(record, "test.corr")) == "—"
 
 
 def test_unknown_field_names_the_known_ones():
@@ -99,16 +99,70 @@ def test_every_number_of_a_table_names_its_record_and_value():
         page,
     )
     assert [m[2] for m in marks] == [
+        "count(seeds)",
         "mean(test.mae)",
         "sd(test.mae)",
         "mean(test.acc2_non0)",
     ]
     assert all(m[1] == record.id[:12] for m in marks)
-    assert float(marks[0][0]) == record.mean("test.mae")
+    assert float(marks[1][0]) == record.mean("test.mae")
     assert f">{record.mean('test.mae'):.3f}</data>" in page
     assert "Synthetic corpus" in page
     sentence = runs.say("MAE {mae}.", mae=runs.number(record, "test.mae")).data
-    assert marks[0][0] in sentence
+    assert marks[1][0] in sentence
+    assert "— is undefined" not in page
+    found = runs.number(record, "test.f1_non0", of="sd", digits=1, suffix=" %")
+    assert runs.recall(record, found.path, 1, " %") == found
+    assert str(runs.number(record, "seeds", of="count", digits=0)) == "2"
+
+
+def test_what_no_record_holds_is_a_dash_with_its_reason():
+    record = runs.experiment(
+        "mean", lambda seed: select(constants(CORPUS), CORPUS), CORPUS, [0]
+    )
+    page = runs.table([record], {"r": "test.corr"}).data
+    assert "mean(test.corr) is undefined" in page
+    assert ">—</data>" in page
+    assert "— is undefined, such as the correlation of a constant" in page
+    assert ">nan" not in page
+    field = "field:resources.peak_gpu_mib"
+    assert ">—</data>" in runs.table([record], {"trained": field}).data
+
+
+def test_a_caption_takes_its_numbers_from_records():
+    record = runs.experiment("toy", train, CORPUS, [0])
+    size = runs.number(record, "corpus.sizes.test", of="field", digits=0)
+    page = runs.table([record], {"MAE": "test.mae"}, caption="On {n}.", n=size).data
+    assert f"On {size._repr_html_()}." in page
+
+
+def test_a_number_without_a_record_says_where_it_comes_from():
+    page = runs.say("Margin {m}.", m=runs.given("0.88", "the plan of this book")).data
+    assert '<data class="given" value="" title="the plan of this book">0.88' in page
+    with pytest.raises(RecordError, match="where it comes from"):
+        runs.given("0.88", " ")
+
+
+def test_committed_records_are_the_newest_of_each_name_and_corpus(tmp_path):
+    def save(name, created, chapter, corpus):
+        made = runs.RunRecord(
+            name, "training", created, chapter, corpus={"name": corpus}
+        )
+        runs.save(made, tmp_path)
+
+    save("late", "2026-01-01", "baselines", "mosi")
+    save("late", "2026-01-03", "baselines", "mosi")
+    save("late", "2026-01-02", "baselines", "mosei")
+    save("late", "2026-01-04", "measuring", "mosi")
+
+    def dates(*query):
+        return [r.created[-2:] for r in runs.committed(*query, folder=tmp_path)]
+
+    assert dates("baselines") == ["02", "03"]
+    assert dates("baselines", "mosi") == ["03"]
+    assert dates("measuring", "mosi") == ["04"]
+    with pytest.raises(UnknownNameError, match="baselines on mosei"):
+        runs.committed("measuring", "mosei", folder=tmp_path)
 
 
 def test_real_and_synthetic_never_share_a_table():
@@ -123,6 +177,22 @@ def test_run_card_shows_cost_and_origin():
     card = runs.run_card([record]).data
     for text in ("Training time", "Peak memory", "113", "toy (synthetic)", "0, 1"):
         assert text in card
+    assert f'data-records="{record.id[:12]}"' in card
+    later = runs.replace(
+        record,
+        created="2030-01-02T00:00",
+        code={"commit": "f" * 40, "dirty": True},
+        resources={"trainable_parameters": 7, "peak_gpu_mib": 2048},
+        environment={"gpu": "A GPU", "cpu": "not this"},
+    )
+    facts = runs.facts([later, record])
+    assert facts["Trained parameters"] == "7 to 113"
+    assert facts["Peak memory"].endswith(" MiB, GPU 2,048 MiB")
+    assert facts["Commit"].startswith("ffffffffff (with local changes), ")
+    assert "A GPU" in facts["Hardware"] and "not this" not in facts["Hardware"]
+    assert facts["Date"] == "2030-01-02"
+    with pytest.raises(RecordError, match="at least one"):
+        runs.run_card([])
 
 
 def test_benchmarks_are_records_too(tmp_path):
@@ -144,7 +214,13 @@ def test_comparisons_pair_seeds_and_state_their_verdict():
     difference = np.mean(np.subtract(a.values("test.mae"), b.values("test.mae")))
     assert float(runs.value(found, "difference").value) == pytest.approx(difference)
     page = runs.verdict(found).data
-    assert found.rows[0]["verdict"].split(":")[0] in page
+    assert found.rows[0]["records"] == [a.id, b.id]
+    assert found.rows[0]["verdict"] == runs.verdict_of(found)
+    assert runs.html.escape(runs.verdict_of(found)) in page
+    better = found.rows[0] | {"difference": -1.5, "low": -2.0, "high": -1.0, "p": 0.01}
+    said = runs.verdict_of(runs.replace(found, rows=[better]))
+    assert said.startswith("first is better than second in MAE: ")
+    assert "difference −1.500 (95 % interval −2.000 to −1.000" in said
     assert found.id[:12] in page
     other = runs.experiment("third", train, CORPUS, [0])
     with pytest.raises(RecordError, match="paired by seed"):
@@ -162,7 +238,7 @@ def test_reference_tables_need_a_source(tmp_path):
     path.write_text("caption: measured by X\nrows: [{model: ridge, mae: '.954'}]\n")
     page = runs.reference_table(path, {"MAE": "mae", "r": "corr"}).data
     assert ">.954</data>" in page
-    assert ">–</data>" in page
+    assert ">—</data>" in page
     path.write_text("rows: []\n")
     with pytest.raises(RecordError, match="source"):
         runs.reference_table(path, {"MAE": "mae"})

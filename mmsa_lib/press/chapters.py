@@ -103,14 +103,7 @@ class Book:
         Values under ``all`` reach every chapter that has a parameter of that name;
         those under ``chapters`` must exist in theirs.
         """
-        folder = self.root / "book" / "profiles"
-        known = {p.stem: p for p in folder.glob("*.yml")}
-        if name not in known:
-            raise unknown("profile", name, known)
-        content = yaml.safe_load(known[name].read_text(encoding="utf-8")) or {}
-        for key in content:
-            if key not in ("all", "chapters"):
-                raise unknown(f"key in {known[name].name}", key, ["all", "chapters"])
+        content = self._profile(name)
         common, own = content.get("all") or {}, content.get("chapters") or {}
         for chapter in own:
             self[chapter]
@@ -121,6 +114,35 @@ class Book:
             )
             for chapter in self.chapters.values()
         }
+
+    def bands(self, name: str) -> dict[str, dict[str, dict[str, list[float]]]]:
+        """Where metrics have to lie: ``{chapter: {record: {path: [low, high]}}}``."""
+        found = self._profile(name).get("bands") or {}
+        for chapter, records in found.items():
+            self[chapter]
+            for record, paths in records.items():
+                for path, band in paths.items():
+                    _check_band(f"{name}.yml, {chapter}, {record}, {path}", band)
+        return found
+
+    def _profile(self, name: str) -> dict:
+        folder = self.root / "book" / "profiles"
+        known = {p.stem: p for p in folder.glob("*.yml")}
+        if name not in known:
+            raise unknown("profile", name, known)
+        content = yaml.safe_load(known[name].read_text(encoding="utf-8")) or {}
+        keys = ["all", "chapters", "bands"]
+        for key in content:
+            if key not in keys:
+                raise unknown(f"key in {known[name].name}", key, keys)
+        return content
+
+
+def _check_band(where: str, band: object) -> None:
+    numbers = isinstance(band, list) and len(band) == 2
+    numbers = numbers and all(isinstance(end, (int, float)) for end in band)
+    if not numbers or band[0] > band[1]:
+        raise BookError(f"{where}: a band is [low, high]; found {band!r}")
 
 
 def find_root(start: Path | None = None) -> Path:

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from mmsa_lib.errors import BookError, MmsaError, UnknownNameError, unknown
-from mmsa_lib.press.chapters import Chapter, find_root, open_book
+from mmsa_lib.press.chapters import Book, Chapter, find_root, open_book
 from mmsa_lib.press.files import digest
 
 HEARTBEAT = 20.0  # seconds between two lines of one chapter where there is no terminal
@@ -53,8 +53,9 @@ def build(profile: Profile = "quick", jobs: Jobs = 2) -> None:
     """Execute every stale chapter, then render _build/html/index.html.
 
     A chapter is stale when its text, its parameters, a library module it reaches, a
-    record it shows, constraints.txt or Python changed. A chapter that fails does not
-    stop the others; the last good book stays until a new one is whole.
+    record it asks for, constraints.txt or Python changed. What was executed then passes
+    the gates: outputs, numbers equal to their records, alt text, bands of the profile,
+    links. A chapter that fails does not stop the others, and its last good page stays.
     """
     from mmsa_lib.press.execute import execute
     from mmsa_lib.press.freshness import states
@@ -67,30 +68,83 @@ def build(profile: Profile = "quick", jobs: Jobs = 2) -> None:
         stale = [s for s in known if not s.fresh]
         fresh = len(known) - len(stale)
         console.print(f"{len(known)} chapters: {fresh} fresh, {len(stale)} to execute")
+        failed = set()
         if stale:
             with _progress() as report:
                 outcomes = execute(book, stale, book.build / "records", jobs, report)
-            failed = [o for o in outcomes if not o.ok]
-            for outcome in failed:
+            for outcome in (o for o in outcomes if not o.ok):
+                failed.add(outcome.chapter)
                 console.print(f"\n[bold red]FAILED[/] {escape(outcome.error)}")
                 if outcome.notebook.is_file():
                     shown = outcome.notebook.relative_to(book.root)
                     console.print(f"the notebook up to there: {shown}")
-            if failed:
-                names = ", ".join(o.chapter for o in failed)
-                raise BookError(
-                    f"{len(failed)} of {len(stale)} chapters failed: {names}. The "
-                    "others are done and will not be executed again; mend these and "
-                    "call the same command."
-                )
-        notebooks = {s.chapter.name: s.product.notebook for s in known}
-        current = is_current(book, notebooks)
-        if not current:
+        trace, refused = _gated(book, profile, known, failed)
+        current = trace is not None and is_current(book, trace)
+        problem = ""
+        if trace is not None and not current:
             console.print(f"rendering {len(book.pages)} pages ...")
-            render(book, notebooks)
+            try:
+                render(book, trace)
+            except BookError as error:
+                problem = str(error)
+        if failed or refused:
+            words = _what_failed(known, failed, refused, trace is not None)
+            problem = f"{problem}\n{words}".strip()
+        if problem:
+            raise BookError(problem)
     verb = "nothing changed" if current else "the book is ready"
     index = _short(book.build / "html" / "index.html")
     console.print(f"{verb} ({time.time() - began:.0f} s): open {index}")
+
+
+def _gated(book: Book, profile: str, known: list, failed: set[str]):
+    """The chapters as the book will show them, and those that a gate refused.
+
+    Instead of the first, None if a chapter has no good version yet.
+    """
+    from mmsa_lib.press.cards import Shown, Trace
+    from mmsa_lib.press.gates import Shelf, approve
+
+    shelf = Shelf((book.root / "results", book.build / "records"))
+    bands = book.bands(profile)
+    shown, refused = {}, set()
+    for state in known:
+        name = state.chapter.name
+        if name in failed:
+            good = state.good
+        else:
+            good, problems = approve(book, state, shelf, bands.get(name, {}))
+            if problems:
+                refused.add(name)
+                console.print(f"\n[bold red]REFUSED[/] {name}")
+                console.print(escape("\n".join(problems)))
+            else:
+                count = good.read()["numbers"]
+                console.print(f"{name}: {count} numbers equal their records")
+        if good.intact():
+            fresh = name not in failed | refused
+            shown[name] = Shown(good.notebook, good.read(), fresh)
+    if len(shown) < len(known):
+        return None, refused
+    return Trace(book, shown, shelf), refused
+
+
+def _what_failed(known, failed: set[str], refused: set[str], shown: bool) -> str:
+    parts = [
+        f"{len(names)} of {len(known)} chapters {verb}: {', '.join(sorted(names))}."
+        for names, verb in ((failed, "failed"), (refused, "refused by the gates"))
+        if names
+    ]
+    parts.append(
+        "The book shows the last good version of each, marked as not current."
+        if shown
+        else "The book is not rendered: there is no good version of each chapter yet."
+    )
+    parts.append(
+        "The others are done and will not be executed again; mend these and call the "
+        "same command."
+    )
+    return " ".join(parts)
 
 
 @app.command()
@@ -117,6 +171,7 @@ def run(
     """
     from mmsa_lib.press.execute import execute
     from mmsa_lib.press.freshness import Product, State, key_of
+    from mmsa_lib.press.gates import Shelf, check_chapter
 
     book = open_book(find_root())
     one = book[chapter]
@@ -134,6 +189,10 @@ def run(
     if not outcome.ok:
         console.print(f"\n[bold red]FAILED[/] {escape(outcome.error)}")
         raise BookError(f"{chapter} failed after {outcome.seconds:.0f} s")
+    notebook = json.loads(outcome.notebook.read_text(encoding="utf-8"))
+    shelf = Shelf((book.root / "results", records))
+    for problem in check_chapter(book, one, notebook, shelf).problems:
+        console.print(f"[yellow]a build would refuse this:[/] {escape(problem)}")
     console.print(f"notebook: {_short(outcome.notebook)}")
     for name in outcome.records:
         console.print(f"record:   {_short(records / name)}.json")
@@ -151,7 +210,7 @@ def status(profile: Profile = "quick", as_json: AsJson = False) -> None:
         return
     table = _table("chapter", "state", "why", "seconds", "records")
     for row in rows:
-        style = "green" if row["state"] == "fresh" else "yellow"
+        style = {"fresh": "green", "refused": "red"}.get(row["state"], "yellow")
         why = row["reasons"][:4]
         why += [f"and {len(row['reasons']) - 4} more"] * (len(row["reasons"]) > 4)
         table.add_row(
@@ -232,6 +291,47 @@ def records_show(
         if "predictions" in entry:
             entry["predictions"] = f"({len(entry['predictions'])} values)"
     print(json.dumps(shown, indent=1, ensure_ascii=False))
+
+
+@records_app.command("check")
+def records_check() -> None:
+    """Verify every record; fail if one is damaged, edited or misnamed.
+
+    Says as well which committed records belong to no chapter, were made from code with
+    local changes, or by code that has moved on since.
+    """
+    from mmsa_lib.press.freshness import moved_on
+    from mmsa_lib.runs import RecordError, load
+
+    book = open_book(find_root())
+    moved, damaged, notes, count = moved_on(book), [], {}, 0
+    for folder in (book.root / "results", book.build / "records"):
+        for path in sorted(folder.rglob("*.json")) if folder.is_dir() else ():
+            count += 1
+            try:
+                record = load(path)
+                if path.stem != f"{record.name}-{record.id[:12]}":
+                    raise RecordError(
+                        f"{path.name} is the record {record.name}-{record.id[:12]}; "
+                        "rename it back"
+                    )
+            except RecordError as error:
+                damaged.append(f"{_short(path.parent)}: {error}")
+                continue
+            if record.chapter is not None and record.chapter not in book.chapters:
+                notes.setdefault("of a chapter that is not there", []).append(path.stem)
+            elif folder == book.root / "results" and moved(record):
+                notes.setdefault("the code has moved on since", []).append(path.stem)
+            if folder == book.root / "results" and record.code.get("dirty"):
+                notes.setdefault("made with local changes", []).append(path.stem)
+    for what, names in sorted(notes.items()):
+        console.print(f"{len(names)} {what}:")
+        console.print(escape("\n".join(f"  {name}" for name in names)))
+    if damaged:
+        raise BookError(
+            f"{len(damaged)} of {count} records are damaged:\n" + "\n".join(damaged)
+        )
+    console.print(f"{count} records match their content addresses")
 
 
 @app.command()

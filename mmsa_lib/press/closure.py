@@ -1,14 +1,16 @@
 """Which files of the library a piece of code reaches, found without importing any.
 
 Imports are read from the syntax tree: absolute, relative, ``from mmsa_lib import x``,
-inside functions, and the ``__init__`` of every package on the way. Where a name is only
-known at run time (``import_module(f"mmsa_lib.corpora.{name}")``) everything it could
-mean counts: a closure may be too large, never too small.
+inside functions, and the ``__init__`` of every package on the way. A module that is
+only named in a string (``python -m mmsa_lib.corpora``) counts as well. Where a name is
+only known at run time (``import_module(f"mmsa_lib.corpora.{name}")``) everything it
+could mean counts: a closure may be too large, never too small.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -18,6 +20,7 @@ from mmsa_lib.press.files import sha256_of
 
 PACKAGE = "mmsa_lib"
 _DYNAMIC = {"import_module", "__import__"}
+_NAMED = re.compile(rf"{PACKAGE}(\.\w+)+")
 
 
 def reach(root: Path, code: Iterable[ast.AST]) -> dict[str, str]:
@@ -53,7 +56,8 @@ def _imports_of(root: Path, path: Path, source: str) -> tuple[Path, ...]:
 
 def _targets(root: Path, tree: ast.AST, package: str) -> Iterator[Path]:
     """Module files that the imports in `tree` name; `package` resolves the dots."""
-    for node in ast.walk(tree):
+    called = set()
+    for node in ast.walk(tree):  # a call comes before the name that it calls
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield from _module(root, alias.name)
@@ -63,12 +67,25 @@ def _targets(root: Path, tree: ast.AST, package: str) -> Iterator[Path]:
             for alias in node.names:
                 if alias.name == "*":
                     yield from _everything(root, base, deep=False)
+                elif alias.name in _DYNAMIC and alias.asname:
+                    yield from _everything(root, PACKAGE)
                 else:
                     yield from _module(root, f"{base}.{alias.name}")
-        elif isinstance(node, ast.Call) and node.args:
-            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            if name in _DYNAMIC:
-                yield from _dynamic(root, node.args[0], package)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if _NAMED.fullmatch(node.value):
+                yield from _module(root, f"{node.value}.__main__")
+        elif (
+            isinstance(node, ast.Call) and name_of(node.func) in _DYNAMIC and node.args
+        ):
+            called.add(node.func)
+            yield from _dynamic(root, node.args[0], package)
+        elif name_of(node) in _DYNAMIC and node not in called:
+            yield from _everything(root, PACKAGE)
+
+
+def name_of(node: ast.AST) -> str:
+    """The last name of ``a``, ``m.a`` or ``x().a``; of other nodes nothing."""
+    return getattr(node, "attr", getattr(node, "id", ""))
 
 
 def _absolute(module: str, level: int, package: str) -> str:
@@ -107,11 +124,13 @@ def _dynamic(root: Path, argument: ast.expr, package: str) -> Iterator[Path]:
         return
     if isinstance(argument, ast.JoinedStr) and argument.values:
         first = argument.values[0]
-        start = first.value if isinstance(first, ast.Constant) else ""
+        start = str(first.value) if isinstance(first, ast.Constant) else ""
+        rest = start.lstrip(".")
+        start = _absolute(f"{rest}|", len(start) - len(rest), package)
         if start.startswith(f"{PACKAGE}."):
             yield from _everything(root, start.rpartition(".")[0])
             return
-    yield from _everything(root, package or PACKAGE)
+    yield from _everything(root, PACKAGE)
 
 
 def _data_files(folder: Path) -> Iterator[Path]:

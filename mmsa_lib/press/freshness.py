@@ -10,13 +10,15 @@ import ast
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from mmsa_lib.press.chapters import Book, Chapter, parse
-from mmsa_lib.press.closure import reach
+from mmsa_lib.press.closure import name_of, reach
 from mmsa_lib.press.files import digest, sha256, sha256_of, write_atomic
+from mmsa_lib.runs import RunRecord, package_sha256
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,12 @@ class Product:
             return noted
         except (OSError, ValueError, TypeError, KeyError):
             return None
+
+    def intact(self) -> bool:
+        """Whether the notebook is there and the one that was noted."""
+        noted = self.read()
+        there = noted is not None and self.notebook.is_file()
+        return there and sha256_of(self.notebook) == noted["notebook"]
 
     def write(self, notebook: str, noted: dict) -> None:
         """The notebook first, then the note with its hash: a kill between the two
@@ -62,11 +70,25 @@ class State:
     def fresh(self) -> bool:
         return not self.reasons
 
+    @property
+    def good(self) -> Product:
+        """The last version that passed the gates; the book shows it."""
+        folder = self.product.notebook.parents[2] / "good" / self.profile
+        return Product(folder / self.product.notebook.name)
+
     def as_dict(self) -> dict:
+        state = "fresh" if self.fresh else "stale" if self.noted else "new"
+        reasons = list(self.reasons)
+        if (
+            self.fresh
+            and (self.good.read() or {}).get("notebook") != (self.noted["notebook"])
+        ):
+            state = "refused"
+            reasons = ["it has not passed the gates; mmsa-book build says why"]
         return {
             "chapter": self.chapter.name,
-            "state": "fresh" if self.fresh else "stale" if self.noted else "new",
-            "reasons": list(self.reasons),
+            "state": state,
+            "reasons": reasons,
             "seconds": (self.noted or {}).get("seconds"),
             "record": (self.noted or {}).get("records", []),
         }
@@ -89,10 +111,7 @@ def state(
     noted = product.read()
     if noted is None:
         reasons = ["never executed"]
-    elif (
-        not product.notebook.is_file()
-        or sha256_of(product.notebook) != noted["notebook"]
-    ):
+    elif not product.intact():
         reasons = ["executed notebook missing or altered"]
     else:
         reasons = list(_changes(noted["key"], key))
@@ -118,27 +137,63 @@ def closure_hash(key: dict) -> str:
     return digest(key["library"])
 
 
+def moved_on(book: Book) -> Callable[[RunRecord], bool]:
+    """Whether the code that a record was made with has changed since.
+
+    A chapter's record is compared with the part of the library that the chapter reaches
+    now, any other with the whole library. True where the chapter is no longer there.
+    """
+
+    @cache
+    def now(chapter: str | None) -> str:
+        if chapter is None:
+            return package_sha256(book.root)
+        if chapter not in book.chapters:
+            return ""
+        cells = book[chapter].cells
+        return digest(reach(book.root, [n for c in cells for n in parse(c.source)]))
+
+    return lambda record: record.code.get("closure_sha256") != now(record.chapter)
+
+
+# how a chapter asks for committed records; the first argument says for which
+_QUERIES = {"find": "name", "committed": "chapter"}
+
+
 def _files(root: Path, chapter: str, code: list[ast.stmt]) -> dict[str, str]:
     """Files outside the library that a chapter may show.
 
-    Records of ``results/``, called ``<name>-<id>.json``: its own and those its code
-    names, or all where it asks for the folder (``load_all``, or a literal "results").
+    Records of ``results/``: its own, those of the names and chapters that it asks for
+    (``runs.find("late-fusion")``, ``runs.committed("baselines")``), or all of them if
+    that is not plain to see: the argument is no literal, the function goes by another
+    name, or the code uses ``load_all`` or the folder itself (a literal "results").
     Data files under ``book/``: those of which it names the file or the folder.
     """
-    words, names = set(), set()
+    words, everything = set(), False
+    asked, called = {"name": set(), "chapter": {chapter}}, set()
     for node in (n for statement in code for n in ast.walk(statement)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             words |= set(node.value.split("/"))
-        elif isinstance(node, (ast.Attribute, ast.Name)):
-            names.add(getattr(node, "attr", getattr(node, "id", "")))
-    everything = "load_all" in names or "results" in words
+        elif isinstance(node, ast.alias):
+            everything |= node.name in _QUERIES and bool(node.asname)
+        elif isinstance(node, ast.Call) and name_of(node.func) in _QUERIES:
+            kind = _QUERIES[name_of(node.func)]
+            first = node.args[:1] or [k.value for k in node.keywords if k.arg == kind]
+            if first and isinstance(first[0], ast.Constant):
+                called.add(node.func)
+                asked[kind].add(first[0].value)
+        elif name_of(node) in _QUERIES:
+            everything |= node not in called
+        else:
+            everything |= name_of(node) == "load_all"
+    everything |= bool(words & {"results", "load_all", *_QUERIES})
     found = {}
     for path in sorted((root / "results").rglob("*.json")):
         content = path.read_bytes()
         if (
             everything
-            or path.stem.rpartition("-")[0] in words
-            or f'"chapter": "{chapter}"'.encode() in content
+            or path.stem.rpartition("-")[0] in asked["name"]
+            or any(f'"chapter": "{c}"'.encode() in content for c in asked["chapter"])
         ):
             found[path.relative_to(root).as_posix()] = sha256(content)
     for path in sorted((root / "book").rglob("*")):

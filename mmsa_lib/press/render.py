@@ -1,13 +1,13 @@
 """Render executed chapters and plain pages into ``_build/html``, strictly.
 
 Pages are gathered in a staging folder with execution switched off, so that the page
-shows exactly what papermill produced. Any warning fails the rendering; the book that
-was rendered last stays where it is until a new one is whole.
+shows exactly what papermill produced, with its numbers linked to their records. Any
+warning and any page that fails its gates stops the rendering; the book that was
+rendered last stays where it is until a new one is whole.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -19,35 +19,42 @@ from pathlib import Path
 import yaml
 
 from mmsa_lib.errors import BookError
+from mmsa_lib.press.cards import Trace
 from mmsa_lib.press.chapters import Book
-from mmsa_lib.press.files import digest, sha256_of, write_atomic
+from mmsa_lib.press.files import digest, sha256, sha256_of, write_atomic
+from mmsa_lib.press.gates import check_pages
 
-_SPHINX_PAGES = {"index", "genindex", "search", "py-modindex"}
 _TROUBLE = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b|[Ee]rror:|Traceback")
 
 
-def is_current(book: Book, notebooks: dict[str, Path]) -> bool:
+def is_current(book: Book, trace: Trace) -> bool:
     """Whether ``_build/html`` was rendered from exactly these inputs."""
     key_file = book.build / "html.key"
     return (
         (book.build / "html" / "index.html").is_file()
         and key_file.is_file()
-        and key_file.read_text(encoding="utf-8") == digest(_inputs(book, notebooks))
+        and key_file.read_text(encoding="utf-8") == digest(_inputs(book, trace))
     )
 
 
-def render(book: Book, notebooks: dict[str, Path]) -> None:
-    """Make ``_build/html`` from the executed notebook of each chapter.
+def render(book: Book, trace: Trace) -> None:
+    """Make ``_build/html`` from the chapters that `trace` shows.
 
-    Raises `BookError` for a chapter without outputs, any warning, or a missing page;
-    the book rendered before then stays.
+    Raises `BookError` for any warning, and with every problem of `check_pages`; the
+    book rendered before then stays.
     """
-    for name, notebook in notebooks.items():
-        check_outputs(name, notebook)
-    key = digest(_inputs(book, notebooks))
-    stage = _stage(book, notebooks)
+    key = digest(_inputs(book, trace))
+    stage = _stage(book, trace)
     made = _jupyter_book(book, stage)
-    _check_pages(book, made)
+    for name, path in trace.files.items():
+        (made / "_static" / "records").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, made / "_static" / "records" / name)
+    problems = check_pages(book, made)
+    if problems:
+        raise BookError(
+            "the pages were rendered but do not hold, and the last good book is kept:\n"
+            + "\n".join(problems)
+        )
     html, old = book.build / "html", book.build / "html.old"
     shutil.rmtree(old, ignore_errors=True)
     if html.exists():
@@ -58,26 +65,17 @@ def render(book: Book, notebooks: dict[str, Path]) -> None:
         shutil.rmtree(done, ignore_errors=True)
 
 
-def check_outputs(name: str, notebook: Path) -> None:
-    """Refuse a notebook that was not executed to its end or that shows nothing."""
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    code = [c for c in cells if c["cell_type"] == "code" and "".join(c["source"])]
-    idle = sum(c["execution_count"] is None for c in code)
-    if idle:
-        raise BookError(f"{name}: {idle} of {len(code)} code cells were not executed")
-    if not any(c["outputs"] for c in code):
-        raise BookError(
-            f"{name}: no code cell has an output, so the page would show no result"
-        )
-
-
-def _inputs(book: Book, notebooks: dict[str, Path]) -> dict[str, str]:
+def _inputs(book: Book, trace: Trace) -> dict[str, str]:
     sources = [book.root / "_config.yml", book.root / "_toc.yml", *book.pages.values()]
     lock = book.root / "constraints.txt"
     sources += [lock] if lock.is_file() else []
     sources += [source for source, _ in _assets(book)]
     found = {p.relative_to(book.root).as_posix(): sha256_of(p) for p in sources}
-    return found | {f"executed {k}": sha256_of(p) for k, p in notebooks.items()}
+    for path in Path(__file__).parent.glob("*.py"):  # another press, other pages
+        found[f"press {path.name}"] = sha256_of(path)
+    for name, shown in trace.shown.items():
+        found[f"executed {name}"] = f"{sha256_of(shown.notebook)} {shown.state}"
+    return found | {f"page {k}": sha256(text) for k, text in trace.pages.items()}
 
 
 def _assets(book: Book) -> Iterable[tuple[Path, Path]]:
@@ -92,15 +90,17 @@ def _assets(book: Book) -> Iterable[tuple[Path, Path]]:
             yield path, Path("book") / inside
 
 
-def _stage(book: Book, notebooks: dict[str, Path]) -> Path:
+def _stage(book: Book, trace: Trace) -> Path:
     stage = book.build / "stage"
     shutil.rmtree(stage, ignore_errors=True)
-    executed = {book[name].page: path for name, path in notebooks.items()}
+    executed = {book[name].page: name for name in trace.shown}
     for page, path in book.pages.items():
-        source = executed.get(page, path)
-        target = stage / f"{page}{source.suffix}"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
+        if page in executed:
+            text = trace.notebook(executed[page])
+            write_atomic(stage / f"{page}.ipynb", text)
+        else:
+            text = trace.pages.get(page) or path.read_text(encoding="utf-8")
+            write_atomic(stage / f"{page}.md", text)
     for source, inside in _assets(book):
         (stage / inside).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, stage / inside)
@@ -139,22 +139,6 @@ def _jupyter_book(book: Book, stage: Path) -> Path:
             f"warning below has to go:\n{shown}\n(everything: {_short(book, log)})"
         )
     return made
-
-
-def _check_pages(book: Book, made: Path) -> None:
-    """As many pages as the table of contents names, each with its content."""
-    for page in book.pages:
-        path = made / f"{page}.html"
-        if not path.is_file() or "<h1" not in path.read_text(encoding="utf-8"):
-            raise BookError(f"{page}.html was not rendered, or has no title")
-    found = {
-        p.relative_to(made).with_suffix("").as_posix()
-        for p in made.rglob("*.html")
-        if not p.relative_to(made).parts[0].startswith("_")
-    }
-    extra = sorted(found - set(book.pages) - _SPHINX_PAGES)
-    if extra:
-        raise BookError(f"pages that _toc.yml does not name: {', '.join(extra)}")
 
 
 def _short(book: Book, path: Path) -> str:
