@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import posixpath
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -29,8 +29,8 @@ NOT_CURRENT = (
 _NUMBER = re.compile(r'<data class="rec"[^>]* data-record="(\w+)"[^>]*>.*?</data>')
 _VERDICT = re.compile(r'(<li class="rec"[^>]* data-record="(\w+)"[^>]*>)(.*?)(</li>)')
 _CARD = re.compile(r'(<dl class="run-card".*?)(</dl>)', re.DOTALL)
-_COLUMNS = ("Training time", "Peak memory", "Trained parameters", "Corpus", "Seeds")
-_COLUMNS += ("Hardware", "Commit", "Date")
+_LINES = ("Training time", "Peak memory", "Trained parameters", "Corpus", "Seeds")
+_LINES += ("Hardware", "Commit", "Date")
 
 
 @dataclass(frozen=True)
@@ -144,66 +144,82 @@ class Trace:
         """Whether the code that made these records is the code of today."""
         moved = [self._moved(r) for r in records]
         if not any(moved):
-            return "made by the code as it is"
+            return "the code is as it was"
         if all(moved):
             return "the code has moved on since"
-        return f"the code has moved on since {sum(map(bool, moved))} of them"
+        return f"the code has moved on since {sum(moved)} of {len(moved)}"
 
     # ------------------------------------------------------------ generated pages
 
     def _status(self, page: str) -> str:
-        def to(name: str) -> str:
-            there = f"{self.book[name].page}.html"
-            return posixpath.relpath(there, posixpath.dirname(page))
-
-        rows = []
-        for name, shown in self.shown.items():
-            records = [self.shelf[i] for i in _ids(shown.noted.get("records"))]
-            rows.append(
-                [
-                    f'<a href="{to(name)}">{escape(name)}</a>',
-                    escape(shown.state),
-                    f"{shown.noted['seconds']:,.0f} s",
-                    f"{shown.noted['numbers']:,}",
-                    *_facts(records),
-                ]
-            )
-        head = ("chapter", "state", "whole chapter", "numbers checked", *_COLUMNS)
-        built = _table("Chapters of this book, as executed for it.", head, rows)
-        groups = {}
+        """A table of all chapters, then the cards of each."""
+        groups: dict[str, dict[str, list[runs.RunRecord]]] = {}
         for r in self._committed:
             # a size or a count belongs to no corpus and costs nothing to make
             if r.kind == "benchmark" or r.corpus:
-                groups.setdefault(
-                    (r.chapter or "benchmark", r.corpus.get("name") or r.name), []
-                ).append(r)
-        rows = [
-            [escape(who), escape(self._code(records)), *_facts(records)]
-            for (who, _), records in sorted(groups.items())
-        ]
-        head = ("chapter", "state", *_COLUMNS)
-        kept = _table("Committed records of full runs and benchmarks.", head, rows)
-        return f"{built}\n\n{kept}" if rows else built
+                what = r.corpus.get("name") or r.name
+                found = groups.setdefault(r.chapter or "", {})
+                found.setdefault(what, []).append(r)
+        rows, parts = [], []
+        for name, shown in self.shown.items():
+            there = posixpath.relpath(
+                f"{self.book[name].page}.html", posixpath.dirname(page)
+            )
+            link = f'<a href="{there}">{escape(name)}</a>'
+            noted, old = shown.noted, groups.get(name, {})
+            full = [r for records in old.values() for r in records]
+            seconds, numbers = f"{noted['seconds']:,.0f} s", f"{noted['numbers']:,}"
+            state = escape(shown.state)
+            rows.append(
+                [link, state, seconds, numbers, self._code(full) if full else ""]
+            )
+            records = [self.shelf[i] for i in _ids(noted.get("records"))]
+            # comparisons may be of committed runs on other corpora
+            records = [r for r in records if r.kind == "training"] or records
+            whole = {"Run": "quick, for this book", "State": shown.state}
+            whole |= {"Whole chapter": seconds, "Numbers checked": numbers}
+            parts += [f"### {name}", _card(whole | _facts(records))]
+            parts += [self._old(what, records) for what, records in old.items()]
+        others = {k: v for k, v in groups.items() if k not in self.shown}
+        for name, old in sorted(others.items()):
+            parts.append(f"### {name or 'Benchmarks'}")
+            parts += [self._old(what, records) for what, records in old.items()]
+        head = ("chapter", "state", "executed in", "numbers checked", "full runs")
+        return "\n\n".join([_table(head, rows), *parts])
+
+    def _old(self, what: str, records: list[runs.RunRecord]) -> str:
+        kind = {r.kind for r in records} == {"benchmark"}
+        run = f"benchmark {what}" if kind else f"full, {what}"
+        whole = {"Run": run, "State": self._code(records)}
+        return _card(whole | _facts(records))
 
     def _records(self, page: str, known: Mapping[str, runs.RunRecord]) -> str:
         folder = posixpath.relpath("_static/records", posixpath.dirname(page))
-        groups: dict[tuple[bool, str], list[list[str]]] = {}
+        groups: dict[tuple[str, bool], list[list[str]]] = {}
         for r in sorted(known.values(), key=lambda r: (r.name, r.created, r.id)):
             committed, file = self._is_committed(r), self.shelf.files[r.id[:12]].name
-            link = f'<a href="{folder}/{escape(file)}">{escape(r.name)}</a>'
+            f = {k: escape(v) for k, v in _facts([r]).items()}
+            cost = [f["Training time"], f["Peak memory"]]
+            if f["Trained parameters"] != runs.UNDEFINED:
+                cost.append(f"{f['Trained parameters']} trained parameters")
             row = [
-                f'<span id="record-{r.id[:12]}">{link}</span>',
-                r.id[:12],
-                r.kind,
-                *_facts([r]),
-                self._code([r]) if committed else "",
+                f'<a id="record-{r.id[:12]}" href="{folder}/{escape(file)}">'
+                f"{escape(r.name)}</a><br>{r.id[:12]}",
+                f["Corpus"],
+                f["Seeds"],
+                ", ".join(c for c in cost if c != runs.UNDEFINED) or runs.UNDEFINED,
+                f"{f['Date']} at {f['Commit']}, {f['Hardware']}",
             ]
-            groups.setdefault((committed, r.chapter or "benchmark"), []).append(row)
-        head = ("record", "id", "kind", *_COLUMNS, "code")
+            row += [self._code([r])] * committed
+            groups.setdefault((r.chapter or "", committed), []).append(row)
+        head = ["record", "corpus", "seeds", "cost", "made"]
         parts = []
-        for (committed, chapter), rows in sorted(groups.items()):
-            place = "committed, full runs" if committed else "made for this book"
-            parts.append(_table(f"{chapter}: {place}.", head, rows))
+        for (chapter, committed), rows in sorted(
+            groups.items(), key=lambda item: (not item[0][0], item[0])
+        ):
+            place = "committed" if committed else "made for this book"
+            parts.append(f"## {chapter or 'Benchmarks'}, {place}")
+            parts.append(_table(head + ["code"] * committed, rows))
         return "\n\n".join(parts)
 
 
@@ -212,17 +228,27 @@ def _ids(names: Iterable[str] | None) -> list[str]:
     return [name.rpartition("-")[2] for name in names or ()]
 
 
-def _facts(records: list[runs.RunRecord]) -> Iterator[str]:
-    known = runs.facts(records) if records else {}
-    for column in _COLUMNS:
-        text = known.get(column, runs.UNDEFINED)
-        if column == "Commit" and ", " in text:
-            first, *others = text.split(", ")
-            text = f"{first} and {len(others)} more"
-        yield escape(text)
+def _facts(records: list[runs.RunRecord]) -> dict[str, str]:
+    """The lines of a run card; what was not trained has no training time."""
+    found = runs.facts(records) if records else {}
+    if not any(r.resources.get("wall_seconds") for r in records):
+        found["Training time"] = runs.UNDEFINED
+    elif len(records) == 1:
+        found["Training time"] = found["Training time"].partition(" in ")[0]
+    first, *others = found.get("Commit", runs.UNDEFINED).split(", ")
+    found["Commit"] = f"{first} and {len(others)} more" if others else first
+    return {name: found.get(name, runs.UNDEFINED) for name in _LINES}
 
 
-def _table(caption: str, head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def _card(lines: Mapping[str, str]) -> str:
+    """A run card for a page of MyST."""
+    cells = "".join(
+        f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in lines.items()
+    )
+    return f'```{{raw}} html\n<dl class="run-card">{cells}</dl>\n```'
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A table for a page of MyST; the cells are HTML."""
     top = "".join(f'<th scope="col">{escape(h)}</th>' for h in head)
     body = "\n".join(
@@ -233,6 +259,5 @@ def _table(caption: str, head: Iterable[str], rows: Iterable[Iterable[str]]) -> 
     )
     return (
         '```{raw} html\n<div class="rec-table facts"><table>'
-        f"<caption>{escape(caption)}</caption>\n<thead><tr>{top}</tr></thead>\n"
-        f"<tbody>\n{body}\n</tbody></table></div>\n```"
+        f"<thead><tr>{top}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>\n```"
     )
