@@ -76,6 +76,7 @@ def _inputs(book: Book, notebooks: dict[str, Path]) -> dict[str, str]:
     lock = book.root / "constraints.txt"
     sources += [lock] if lock.is_file() else []
     sources += [source for source, _ in _assets(book)]
+    sources += (book.root / "mmsa_lib").rglob("*.py")  # the reference shows docstrings
     found = {p.relative_to(book.root).as_posix(): sha256_of(p) for p in sources}
     return found | {f"executed {k}": sha256_of(p) for k, p in notebooks.items()}
 
