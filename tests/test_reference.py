@@ -101,15 +101,17 @@ def test_a_signature_has_types_defaults_and_no_self(page):
 
 DOC = """One line with *stress*, `code`, ``more code`` and [-3, 3] < $x_1$.
 
-    epochs        most epochs to run
-    lr, decay     of the optimiser; a line
-                  that goes on
+epochs        most epochs to run
+lr, decay     of the optimiser; a line
+              that goes on
+Raises nothing.
+
+    a file    in a folder
 
 folder: where it lies,
-    and how
+and how
 seed: of all
 
-Example:
     x = f(1)
 
 Prose with a colon: not a row.
@@ -117,17 +119,17 @@ Prose with a colon: not a row.
 
 
 def test_docstrings_read_as_written():
-    text = markdown(DOC.replace("    epochs", "epochs").replace("    lr", "lr")
-                    .replace("                  that", "              that"),
-                    {}, ("folder", "seed"))  # fmt: skip
+    text = markdown(DOC, {}, ("folder", "seed"))
     assert r"*stress*, `code`, `more code` and \[\-3, 3\] \< \$x\_1\$\." in text
     assert "`epochs`\n: most epochs to run\n" in text
     assert "`lr, decay`\n: of the optimiser; a line that goes on\n" in text
+    assert "\n\nRaises nothing\\.\n" in text
+    assert "`a file`\n: in a folder\n" in text
     assert "`folder`\n: where it lies, and how\n" in text
     assert "`seed`\n: of all\n" in text
-    assert "```text\nExample:\n    x = f(1)\n```" in text
-    assert "Prose with a colon: not a row" in text
-    assert "\n: not a row" not in text
+    assert "```text\nx = f(1)\n```" in text
+    assert "\nProse with a colon: not a row\\.\n" in text
+    assert markdown("", {}) == ""
 
 
 def test_names_in_docstrings_are_links_unless_ambiguous_or_parameters():

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import dedent
 
 PACKAGE = Path(__file__).resolve().parent.parent
 MARK = "<!-- library reference -->"
@@ -101,23 +102,23 @@ def markdown(doc: str, links: dict[str, str], names: tuple[str, ...] = ()) -> st
     """
     links = {k: v for k, v in links.items() if k not in names}
     parts = []
-    for block in re.split(r"\n[ \t]*\n", doc.strip("\n")):
-        lines = [s.rstrip() for s in block.splitlines()]
-        rows = _rows(lines, names)
-        indented = all(s.startswith(" ") for s in lines)
-        if rows:
-            parts += [f"`{k}`\n: {_prose(' '.join(v), links)}\n" for k, v in rows]
-        elif not indented and not any(s.startswith(" ") for s in lines):
-            parts.append(_prose("\n".join(lines), links) + "\n")
-        else:
-            parts.append("```text\n" + "\n".join(lines) + "\n```\n")
+    for block in re.split(r"\n[ \t]*\n", doc.strip("\n")) if doc.strip() else ():
+        rows, rest = _rows(dedent(block).splitlines(), names)
+        parts += [f"`{k}`\n: {_prose(' '.join(v), links)}\n" for k, v in rows]
+        if any(line.startswith(" ") for line in (rest if rows else block.splitlines())):
+            parts.append("```text\n" + "\n".join(rest) + "\n```\n")
+        elif rest:
+            parts.append(_prose("\n".join(rest), links) + "\n")
     return "\n".join(parts)
 
 
-def _rows(lines: list[str], names: tuple[str, ...]) -> list[tuple[str, list[str]]]:
-    """``name  meaning`` or ``parameter: meaning``, with indented lines going on."""
+def _rows(lines: list[str], names: tuple[str, ...]):
+    """``name  meaning`` or ``parameter: meaning``, with indented lines going on.
+
+    Returns the rows at the head of `lines` and the lines that are left.
+    """
     rows: list[tuple[str, list[str]]] = []
-    for line in lines:
+    for i, line in enumerate(lines):
         row, named = _ROW.fullmatch(line), _NAMED.fullmatch(line)
         if named and not set(named[1].split(", ")) <= set(names):
             named = None
@@ -125,11 +126,11 @@ def _rows(lines: list[str], names: tuple[str, ...]) -> list[tuple[str, list[str]
             rows.append((found[1], [found[2]]))
         elif rows and line.startswith("  "):
             rows[-1][1].append(line.strip())
-        elif rows and names and not _ROW.fullmatch(lines[0]):
+        elif rows and not _ROW.fullmatch(lines[0]):
             rows[-1][1].append(line)  # `name: meaning` may go on at the margin
         else:
-            return []
-    return rows
+            return rows, lines[i:]
+    return rows, []
 
 
 def _prose(text: str, links: dict[str, str]) -> str:

@@ -20,6 +20,7 @@ import yaml
 
 from mmsa_lib.errors import BookError
 from mmsa_lib.press.chapters import Book
+from mmsa_lib.press.downloads import offer
 from mmsa_lib.press.files import digest, sha256_of, write_atomic
 
 _SPHINX_PAGES = {"index", "genindex", "search", "py-modindex"}
@@ -102,6 +103,8 @@ def _stage(book: Book, notebooks: dict[str, Path]) -> Path:
         target = stage / f"{page}{source.suffix}"
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
+        if page in executed:
+            offer(stage, path, target)
     for source, inside in _assets(book):
         (stage / inside).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, stage / inside)
