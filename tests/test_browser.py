@@ -286,7 +286,7 @@ def open_page(chromium, seen: Seen, **options):
 
     context.route("**/*", note)
     page = context.new_page()
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(120_000)  # machines of CI are slow
     page.on("pageerror", lambda error: seen.errors.append(str(error)))
     page.on("requestfailed", lambda r: seen.errors.append(f"failed: {r.url}"))
     page.on(

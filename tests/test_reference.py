@@ -110,7 +110,8 @@ Raises nothing.
 
 folder: where it lies,
 and how
-seed: of all
+seed: of all.
+What follows a full stop is prose.
 
     x = f(1)
 
@@ -126,7 +127,7 @@ def test_docstrings_read_as_written():
     assert "\n\nRaises nothing\\.\n" in text
     assert "`a file`\n: in a folder\n" in text
     assert "`folder`\n: where it lies, and how\n" in text
-    assert "`seed`\n: of all\n" in text
+    assert "`seed`\n: of all\\.\n\nWhat follows" in text
     assert "```text\nx = f(1)\n```" in text
     assert "\nProse with a colon: not a row\\.\n" in text
     assert markdown("", {}) == ""

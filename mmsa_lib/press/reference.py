@@ -126,7 +126,7 @@ def _rows(lines: list[str], names: tuple[str, ...]):
             rows.append((found[1], [found[2]]))
         elif rows and line.startswith("  "):
             rows[-1][1].append(line.strip())
-        elif rows and not _ROW.fullmatch(lines[0]):
+        elif rows and not _ROW.fullmatch(lines[0]) and rows[-1][1][-1][-1] != ".":
             rows[-1][1].append(line)  # `name: meaning` may go on at the margin
         else:
             return rows, lines[i:]
