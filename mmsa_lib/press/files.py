@@ -9,11 +9,13 @@ from pathlib import Path
 
 
 def sha256(content: bytes | str) -> str:
+    """The hash of bytes, or of a text in UTF-8, as hex."""
     data = content.encode() if isinstance(content, str) else content
     return hashlib.sha256(data).hexdigest()
 
 
 def sha256_of(path: Path) -> str:
+    """The hash of a file's content, as hex."""
     return sha256(path.read_bytes())
 
 

@@ -21,6 +21,7 @@ import yaml
 from mmsa_lib.errors import BookError
 from mmsa_lib.press.cards import Trace
 from mmsa_lib.press.chapters import Book
+from mmsa_lib.press.downloads import offer
 from mmsa_lib.press.files import digest, sha256, sha256_of, write_atomic
 from mmsa_lib.press.gates import check_pages
 
@@ -70,6 +71,7 @@ def _inputs(book: Book, trace: Trace) -> dict[str, str]:
     lock = book.root / "constraints.txt"
     sources += [lock] if lock.is_file() else []
     sources += [source for source, _ in _assets(book)]
+    sources += (book.root / "mmsa_lib").rglob("*.py")  # the reference shows docstrings
     found = {p.relative_to(book.root).as_posix(): sha256_of(p) for p in sources}
     for path in Path(__file__).parent.glob("*.py"):  # another press, other pages
         found[f"press {path.name}"] = sha256_of(path)
@@ -96,8 +98,9 @@ def _stage(book: Book, trace: Trace) -> Path:
     executed = {book[name].page: name for name in trace.shown}
     for page, path in book.pages.items():
         if page in executed:
-            text = trace.notebook(executed[page])
-            write_atomic(stage / f"{page}.ipynb", text)
+            target = stage / f"{page}.ipynb"
+            write_atomic(target, trace.notebook(executed[page]))
+            offer(stage, path, target)
         else:
             text = trace.pages.get(page) or path.read_text(encoding="utf-8")
             write_atomic(stage / f"{page}.md", text)
