@@ -139,9 +139,16 @@ def _package_sha256() -> str:
 def code_facts() -> dict:
     """Commit, dirty flag, chapter source hash and import-closure hash."""
     changes = _git("status", "--porcelain", "--untracked-files=no")
+    commit, dirty = (
+        _git("rev-parse", "HEAD"),
+        None if changes is None else bool(changes),
+    )
+    if sent := os.environ.get("MMSA_COMMIT"):  # a sweep sent the code without its git
+        commit, _, mark = sent.partition(" ")
+        dirty = mark == "dirty"
     return {
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if changes is None else bool(changes),
+        "commit": commit,
+        "dirty": dirty,
         "chapter_sha256": os.environ.get("MMSA_CHAPTER_SHA"),
         "closure_sha256": os.environ.get("MMSA_CLOSURE_SHA") or _package_sha256(),
         "lock_sha256": _sha256(ROOT / "constraints.txt"),
@@ -421,13 +428,18 @@ def compare(
             f"same ones (found {a.seeds} and {b.seeds})"
         )
     path = f"test.{metric}"
-    found = statistics.compare(a.values(path), b.values(path), metric, names=names)
+    if len(a.seeds) == 1:  # one task of a sweep: only all of its seeds can be judged
+        verdict = f"{names[0]} against {names[1]}: one seed, no comparison."
+        row = {"difference": a.mean(path) - b.mean(path), "n": 1, "verdict": verdict}
+    else:
+        found = statistics.compare(a.values(path), b.values(path), metric, names=names)
+        row = asdict(found) | {"verdict": found.verdict}
     record = _new(
         f"{a.name}-against-{b.name}",
         "comparison",
         seeds=a.seeds,
         corpus=a.corpus,
-        rows=[{"a": a.id, "b": b.id, **asdict(found), "verdict": found.verdict}],
+        rows=[{"a": a.id, "b": b.id} | row],
     )
     record = seal(record)
     save(record)
