@@ -58,11 +58,12 @@ def build(profile: Profile = "quick", jobs: Jobs = 2) -> None:
     """
     from mmsa_lib.press.execute import execute
     from mmsa_lib.press.freshness import states
-    from mmsa_lib.press.render import is_current, render
+    from mmsa_lib.press.render import is_current, recover, render
 
     book = open_book(find_root())
     with _only_build(book.build):
         began = time.time()
+        recover(book)
         known = states(book, profile)
         stale = [s for s in known if not s.fresh]
         fresh = len(known) - len(stale)
