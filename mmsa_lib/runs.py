@@ -141,9 +141,14 @@ def package_sha256(root: Path = ROOT) -> str:
 def code_facts() -> dict:
     """Commit, dirty flag, chapter source hash and import-closure hash."""
     changes = _git("status", "--porcelain", "--untracked-files=no")
+    commit = _git("rev-parse", "HEAD")
+    dirty = None if changes is None else bool(changes)
+    if sent := os.environ.get("MMSA_COMMIT"):  # a sweep sent the code without its git
+        commit, _, mark = sent.partition(" ")
+        dirty = mark == "dirty"
     return {
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if changes is None else bool(changes),
+        "commit": commit,
+        "dirty": dirty,
         "chapter_sha256": os.environ.get("MMSA_CHAPTER_SHA"),
         "closure_sha256": os.environ.get("MMSA_CLOSURE_SHA") or package_sha256(),
         "lock_sha256": _sha256(ROOT / "constraints.txt"),
@@ -442,15 +447,18 @@ def compare(
             f"same ones (found {a.seeds} and {b.seeds})"
         )
     path = f"test.{metric}"
-    found = statistics.compare(a.values(path), b.values(path), metric, names=names)
+    if len(a.seeds) == 1:  # one task of a sweep: only all of its seeds can be judged
+        verdict = f"{names[0]} against {names[1]}: one seed, no comparison."
+        row = {"difference": a.mean(path) - b.mean(path), "n": 1, "verdict": verdict}
+    else:
+        found = statistics.compare(a.values(path), b.values(path), metric, names=names)
+        row = asdict(found) | {"verdict": found.verdict}
     record = _new(
         f"{a.name}-against-{b.name}",
         "comparison",
         seeds=a.seeds,
         corpus=a.corpus,
-        rows=[
-            {"records": [a.id, b.id], **asdict(found), "verdict": found.verdict},
-        ],
+        rows=[{"records": [a.id, b.id]} | row],
     )
     record = seal(record)
     save(record)
@@ -574,6 +582,8 @@ def verdict_of(record: RunRecord) -> str:
     from mmsa_lib.statistics import Comparison
 
     row = record.rows[0] if record.rows else {}
+    if row.get("n") == 1:  # of one seed there is nothing to recompute
+        return row["verdict"]
     try:
         return Comparison(**{f.name: row[f.name] for f in fields(Comparison)}).verdict
     except KeyError as error:

@@ -59,11 +59,12 @@ def build(profile: Profile = "quick", jobs: Jobs = 2) -> None:
     """
     from mmsa_lib.press.execute import execute
     from mmsa_lib.press.freshness import states
-    from mmsa_lib.press.render import is_current, render
+    from mmsa_lib.press.render import is_current, recover, render
 
     book = open_book(find_root())
     with _only_build(book.build):
         began = time.time()
+        recover(book)
         known = states(book, profile)
         stale = [s for s in known if not s.fresh]
         fresh = len(known) - len(stale)
@@ -350,6 +351,88 @@ def clean(
     kept = [name for name in kept if (folder / name).is_dir()]
     more = f"; kept {', '.join(kept)} (--all removes them too)" if kept else ""
     console.print(f"cleaned {_short(folder)}{more}")
+
+
+@app.command()
+def sweep(
+    chapters: Annotated[
+        list[str] | None,
+        typer.Argument(help="Chapters; by default all that take seeds and a corpus."),
+    ] = None,
+    corpora: Annotated[
+        str, typer.Option(help="Names with commas; by default the profile's.")
+    ] = "",
+    seeds: Annotated[
+        str, typer.Option(help="Such as 0,1,2; by default the profile's.")
+    ] = "",
+    p: Annotated[
+        list[str] | None,
+        typer.Option("-p", metavar="NAME VALUE", help="A parameter of every chapter."),
+    ] = None,
+    profile: Profile = "full",
+    jobs: Annotated[int, typer.Option(min=1, help="Tasks at a time, here.")] = 2,
+    engine: Annotated[str, typer.Option(help="local or ray.")] = "local",
+    gpus_per_task: Annotated[
+        float, typer.Option(min=0, help="GPUs that Ray keeps for a task.")
+    ] = 0,
+    ray_address: Annotated[
+        str, typer.Option(help="local starts Ray here; auto; ray://HOST:10001.")
+    ] = "local",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; by default _build/runs/sweep.")
+    ] = None,
+    records: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where records over seeds go; by default beside the table. To keep: "
+            "results."
+        ),
+    ] = None,
+) -> None:
+    """Run chapters x seeds x corpora; what is done already is not done again.
+
+    Each task has its own folder with notebook and records; a failed one is tried once
+    more. With --engine ray the tasks run on a Ray cluster, to which book and library
+    travel; real data must lie on the nodes (MMSA_DATA).
+    """
+    from mmsa_lib.press import sweep as sweeps
+
+    book = open_book(find_root())
+    out = (out or book.build / "runs" / "sweep").expanduser().resolve()
+    tasks = sweeps.plan(
+        book,
+        chapters or [],
+        [name for name in corpora.split(",") if name],
+        sweeps.numbers(seeds),
+        profile,
+        lambda chapter: _parameters(chapter, p or []),
+        out / "tasks",
+    )
+    with _progress() as report:
+        rows = sweeps.sweep(
+            book,
+            tasks,
+            jobs=jobs,
+            engine=engine,
+            gpus_per_task=gpus_per_task,
+            ray_address=ray_address,
+            report=report,
+        )
+    summary = sweeps.conclude(rows, out, records and records.expanduser().resolve())
+    table = _table("chapter", "corpus", "seed", "state", "seconds", "test")
+    for line in summary.lines:
+        table.add_row(*map(escape, line))
+    console.print(table)
+    console.print(
+        f"table:   {_short(summary.file)}\nrecords: {_short(summary.records)}"
+    )
+    if summary.problems:
+        for problem in summary.problems:
+            console.print(f"\n[bold red]FAILED[/] {escape(problem)}")
+        raise BookError(
+            f"{len(summary.problems)} problems in a sweep of {len(tasks)} tasks. What "
+            "is done is kept; mend these and call the same command."
+        )
 
 
 def _table(*headings: str) -> Table:

@@ -58,12 +58,35 @@ def render(book: Book, trace: Trace) -> None:
         )
     html, old = book.build / "html", book.build / "html.old"
     shutil.rmtree(old, ignore_errors=True)
+    # first of all: a kill must not leave new pages with the key of the old
+    (book.build / "html.key").unlink(missing_ok=True)
     if html.exists():
         html.rename(old)
     made.rename(html)
     write_atomic(book.build / "html.key", key)
     for done in (old, stage, book.build / "rendering"):
         shutil.rmtree(done, ignore_errors=True)
+
+
+def recover(book: Book) -> None:
+    """Put in order what a killed build left; only for the one who holds the lock.
+
+    Killed between two renames it left no ``html``: the last good book comes back.
+    """
+    html, old = book.build / "html", book.build / "html.old"
+    if old.is_dir() and not html.exists():
+        old.rename(html)
+    for left in (old, book.build / "stage", book.build / "rendering"):
+        shutil.rmtree(left, ignore_errors=True)
+    for path in book.build.rglob("*.*.tmp"):  # of write_atomic and runs.save
+        if not _is_running(path.name.split(".")[-2]):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(pid: str) -> bool:
+    import psutil
+
+    return pid.isdecimal() and psutil.pid_exists(int(pid))
 
 
 def _inputs(book: Book, trace: Trace) -> dict[str, str]:
@@ -119,18 +142,30 @@ def _jupyter_book(book: Book, stage: Path) -> Path:
     out, log = book.build / "rendering", book.build / "logs" / "render.log"
     shutil.rmtree(out, ignore_errors=True)
     log.parent.mkdir(parents=True, exist_ok=True)
-    program = "from jupyter_book.cli.main import main; main()"
-    arguments = ["build", str(stage), "-W", "--keep-going", "--path-output", str(out)]
-    done = subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        env=os.environ | {"PYTHONWARNINGS": "ignore", "NO_COLOR": "1"},
+    # it reads the end of our pipe when we are killed: an orphan would go on writing
+    # into the folder of the next build
+    program = (
+        "import os, threading\n"
+        "def end():\n    os.read(0, 1)\n    os._exit(1)\n"
+        "threading.Thread(target=end, daemon=True).start()\n"
+        "from jupyter_book.cli.main import main; main()"
     )
+    arguments = ["build", str(stage), "-W", "--keep-going", "--path-output", str(out)]
+    reading, writing = os.pipe()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=reading,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            env=os.environ | {"PYTHONWARNINGS": "ignore", "NO_COLOR": "1"},
+        )
+    finally:
+        os.close(reading)
+        os.close(writing)
     text = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout).replace(f"{stage}{os.sep}", "")
     log.write_text(text, encoding="utf-8")
     made = out / "_build" / "html"

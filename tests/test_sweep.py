@@ -1,0 +1,472 @@
+"""Sweeps: planned before they start, resumed, retried once, merged over seeds."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT
+from test_press import _wait_until as wait_until
+from test_press import chapter, make_project, mmsa_book, start
+
+from mmsa_lib import runs
+from mmsa_lib.errors import BookError, UnknownNameError
+from mmsa_lib.press import sweep as sweeps
+from mmsa_lib.press.chapters import open_book
+
+CORPORA = """
+def names():
+    return ["a", "b", "lost"]
+"""
+PARAMETERS = 'profile = "none"\ncorpus = "a"\nseeds = [0]\nflags_dir = ""\nscale = 1.0'
+# what a chapter does with its seed is logged, so that a test can count executions
+TRAIN = """\
+import os, time
+from pathlib import Path
+
+import mmsa_lib
+from mmsa_lib import runs
+
+flags, name = Path(flags_dir), f"{corpus}-{seeds[0]}"
+with (flags / "log").open("a") as log:
+    _ = log.write(name + "\\n")
+if corpus == "lost" and not (flags / "found").exists():
+    raise FileNotFoundError("mmsa-book data get lost")
+once = flags / f"once-{name}"
+began = time.time()
+_ = runs.save(runs._new("begun", "measurement"))  # of an attempt that may fail
+if once.exists():
+    once.unlink()
+    raise ValueError("a bad moment")
+(flags / f"pid-{name}").write_text(str(os.getpid()))
+while (flags / f"hold-{name}").exists():
+    time.sleep(0.05)
+for kind, offset in (("late", 0.0), ("early", 0.5)):
+    per_seed = [
+        {
+            "seed": seed,
+            "test": {"corr": 0.5, "mae": seed + offset},
+            "test_ids_sha256": "d",
+            "library": mmsa_lib.__file__,
+            "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"),
+            "began": began,
+            "ended": time.time(),
+        }
+        for seed in seeds
+    ]
+    record = runs._new(
+        kind,
+        "training",
+        parameters={"scale": scale},
+        seeds=seeds,
+        corpus={"name": corpus, "sha256": corpus * 4},
+        per_seed=per_seed,
+        resources={"wall_seconds": 1.5, "peak_ram_mib": 100 + seeds[0]},
+    )
+    _ = runs.save(runs.seal(record))
+print("done", corpus, seeds)
+"""
+
+
+def make_book(root: Path, chapters: dict[str, str] | None = None) -> Path:
+    """A toy book whose library is our records and three corpora by name."""
+    toy = chapter("Toy", TRAIN, parameters=PARAMETERS)
+    plain = chapter("Plain", "print(1)")
+    make_project(root, chapters or {"toy": toy, "plain": plain})
+    for name in ("errors.py", "runs.py"):
+        shutil.copy(ROOT / "mmsa_lib" / name, root / "mmsa_lib")
+    (root / "mmsa_lib/corpora").mkdir()
+    (root / "mmsa_lib/corpora/__init__.py").write_text(CORPORA)
+    (root / "flags").mkdir()
+    (root / "flags/log").write_text("")
+    return root
+
+
+def plan(root: Path, chapters=("toy",), corpora=(), seeds=(), **given):
+    given = {"flags_dir": str(root / "flags")} | given
+    return sweeps.plan(
+        open_book(root),
+        chapters,
+        corpora,
+        seeds,
+        "quick",
+        lambda chapter: chapter.check(given if chapter.name == "toy" else {}),
+        root / "_build/runs/sweep/tasks",
+    )
+
+
+def executed(root: Path) -> list[str]:
+    """Tasks in the order they were begun since the last call."""
+    log = root / "flags/log"
+    found = log.read_text().split()
+    log.write_text("")
+    return sorted(found)
+
+
+# ---------------------------------------------------------------- planning
+
+
+def test_wrong_names_are_errors_before_anything_starts(tmp_path, capsys, monkeypatch):
+    root = make_book(tmp_path)
+    monkeypatch.chdir(root)
+    common = ("--profile", "quick")
+    for words, message, expected in [
+        (("tou",), "unknown chapter 'tou'. Did you mean 'toy'?", 2),
+        (("toy", "--corpora", "a,c"), "unknown corpus 'c'. Known: a, b, lost.", 2),
+        (("toy", "-p", "corpus", "x"), "unknown corpus 'x'", 2),
+        (("toy", "-p", "scal", "1"), "Did you mean 'scale'?", 2),
+        (("toy", "-p", "scale", "big"), "parameter scale of toy is 1.0", 1),
+        (("plain", "--seeds", "0,1"), "unknown parameter of plain 'seeds'", 2),
+        (("toy", "--seeds", "0,x"), "--seeds 0,x: whole numbers with commas", 1),
+        (("toy", "--engine", "dask"), "unknown engine 'dask'. Known: local, ray.", 2),
+        (("toy", "--gpus-per-task", "1"), "add --engine ray", 1),
+    ]:
+        code, printed = mmsa_book(capsys, "sweep", *words, *common)
+        assert message in printed
+        assert code == expected
+    assert executed(root) == []
+    assert not (root / "_build").exists()
+
+
+def test_tasks_are_chapters_times_seeds_times_corpora(tmp_path):
+    root = make_book(tmp_path)
+    tasks = plan(root, corpora=["b", "a", "b"], seeds=[3, 1])
+    found = [(t.corpus, t.seed) for t in tasks]
+    assert found == [("b", 3), ("b", 1), ("a", 3), ("a", 1)]
+    parameters = tasks[0].state.parameters
+    assert (parameters["corpus"], parameters["seeds"]) == ("b", [3])
+    assert parameters["profile"] == "quick"
+    assert len({t.folder for t in tasks}) == 4
+    # what is not given is the profile's, and only chapters that can be swept are
+    (root / "book/profiles/quick.yml").write_text("all: {seeds: [5, 6]}\n")
+    assert [t.label for t in plan(root, chapters=())] == [
+        "toy a seed 5",
+        "toy a seed 6",
+    ]
+    # a chapter without seeds and corpus is one task if it is asked for by name
+    assert [t.label for t in plan(root, ["plain"])] == ["plain"]
+    # another key, another folder: nothing stale is taken for done
+    (before,) = plan(root, seeds=[0])
+    (root / "mmsa_lib/runs.py").write_text("# edited\n")
+    (after,) = plan(root, seeds=[0])
+    assert before.folder != after.folder
+
+
+# ---------------------------------------------------------------- running
+
+
+def test_a_sweep_retries_reports_merges_and_resumes(tmp_path, capsys, monkeypatch):
+    root = make_book(tmp_path)
+    monkeypatch.chdir(root)
+    flags = root / "flags"
+    (flags / "once-a-0").touch()
+
+    def sweep(corpora, seeds, *more):
+        words = ["sweep", "toy", "--profile", "quick", "--corpora", corpora]
+        words += ["--seeds", seeds, "-p", "flags_dir", "flags", *more]
+        code, printed = mmsa_book(capsys, *words)
+        file = root / re.search(r"table: +(\S+)", printed)[1]
+        table = json.loads(file.read_text())
+        tasks = {(t["corpus"], t["seed"]): t for t in table["tasks"]}
+        return code, printed, tasks, table["merged"]
+
+    # one task fails once, one corpus cannot be loaded: nothing of the others is lost
+    code, printed, tasks, merged = sweep("a,lost", "0")
+    assert code == 1
+    assert executed(root) == ["a-0", "a-0", "lost-0", "lost-0"]
+    found = {k: (t["state"], t["attempts"]) for k, t in tasks.items()}
+    assert found == {("a", 0): ("done", 2), ("lost", 0): ("failed", 2)}
+    assert "done at the 2nd try" in printed
+    assert "early mae 0.500, late mae 0.000" in printed
+    assert "FAILED toy lost seed 0: book/toy.md, code cell 2 of 2" in printed
+    assert "FileNotFoundError: mmsa-book data get lost" in printed
+    assert "1 problems in a sweep of 2 tasks" in printed
+    # records of the attempt that failed do not count
+    names = sorted(r["name"] for r in tasks["a", 0]["records"])
+    assert names == ["begun", "early", "late"]
+    assert [(m["corpus"], m["seeds"]) for m in merged] == [("a", [0])]
+
+    # mended, the same command does only what is missing
+    (flags / "found").touch()
+    code, printed, tasks, merged = sweep("a,lost", "0")
+    assert code == 0, printed
+    assert executed(root) == ["lost-0"]
+    found = {k: (t["state"], t["attempts"]) for k, t in tasks.items()}
+    assert found == {("a", 0): ("kept", 0), ("lost", 0): ("done", 1)}
+    assert [(m["corpus"], m["seeds"]) for m in merged] == [("a", [0]), ("lost", [0])]
+
+    # so does a larger one; its records over seeds go where they are to be kept
+    code, printed, tasks, merged = sweep("a", "1,0", "--records", "results")
+    assert code == 0, printed
+    assert executed(root) == ["a-1"]
+    assert "late mae 0.500 ± 0.707" in printed
+    (one,) = merged
+    assert (one["seeds"], one["problems"]) == ([0, 1], [])
+    kept = {r["name"]: r["file"] for r in one["records"]}
+    assert {p.name for p in (root / "results").iterdir()} == {*kept.values()}
+    record = runs.load(root / "results" / kept["late"])
+    assert record.seeds == [0, 1]
+    assert record.values("test.mae") == [0.0, 1.0]
+    assert len(record.rows[0]["merged_from"]) == 2
+
+    # kept there, they do not make the same sweep begin anew, nor are they made twice
+    code, printed, tasks, merged = sweep("a", "1,0", "--records", "results")
+    assert {t["state"] for t in tasks.values()} == {"kept"}
+    assert executed(root) == []
+    assert {p.name for p in (root / "results").iterdir()} == {*kept.values()}
+
+    # a damaged record is no finished task
+    task = plan(root, corpora=["a"], seeds=[1])[0]
+    damaged = next((task.folder / "records").glob("late-*.json"))
+    assert task.finished()
+    damaged.write_text(damaged.read_text().replace('"mae": 1', '"mae": 2'))
+    assert task.finished() is None
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_sweep_keeps_what_is_done(tmp_path, how):
+    root = make_book(tmp_path)
+    flags = root / "flags"
+    (flags / "hold-a-1").touch()
+    words = ["sweep", "toy", "--profile", "quick", "--seeds", "0,1,2"]
+    words += ["--jobs", "1" if how == signal.SIGINT else "2", "-p", "flags_dir"]
+    first, second, _ = plan(root, seeds=[0, 1, 2])
+    with start(root, *words, str(flags)) as process:
+        wait_until(lambda: first.finished() and (flags / "pid-a-1").exists(), 60)
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert int((flags / "pid-a-1").read_text()) in {p.pid for p in family}
+        process.send_signal(how)
+        if how == signal.SIGINT:
+            assert process.wait(20) == 130
+            assert "FAILED" not in process.stdout.read()
+        wait_until(lambda: not any(_computes(p) for p in family), 20)
+    assert first.finished()
+    assert second.finished() is None
+    if how == signal.SIGKILL:
+        return
+    (flags / "hold-a-1").unlink()
+    executed(root)
+    rows = sweeps.sweep(open_book(root), [first, second])
+    assert [row.state for row in rows] == ["kept", "done"]
+    assert executed(root) == ["a-1"]
+
+
+def _computes(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_book_edited_during_a_sweep_is_not_mixed(tmp_path):
+    root = make_book(tmp_path)
+    book, (task,) = open_book(root), plan(root, seeds=[0])
+    (root / "mmsa_lib/runs.py").write_text("# edited\n")
+    (row,) = sweeps.sweep(book, [task])
+    assert row.state == "failed"
+    assert "library of toy changed since the sweep began; call it again" in row.error
+    assert executed(root) == []
+
+
+# ---------------------------------------------------------------- merging
+
+
+def record(seed: int, **changes) -> runs.RunRecord:
+    made = runs.RunRecord(
+        name="late",
+        kind="training",
+        created=f"2026-01-0{seed + 1}T00:00:00+00:00",
+        chapter="toy",
+        profile="full",
+        parameters={"lr": 0.1},
+        seeds=[seed],
+        corpus={"name": "a", "sha256": "c"},
+        code={
+            **{"commit": f"{seed}", "dirty": seed == 1, "chapter_sha256": "s"},
+            **{"closure_sha256": "l", "lock_sha256": "k"},
+        },
+        environment={"python": "3.11", "torch": "2", "gpu": f"G{seed % 2}", "cores": 2},
+        resources={
+            **{"wall_seconds": 1.25, "peak_ram_mib": 100 + seed, "peak_gpu_mib": None},
+            "total_parameters": 7,
+        },
+        selection="lowest MAE",
+        per_seed=[{"seed": seed, "test": {"mae": float(seed)}, "test_ids_sha256": "t"}],
+    )
+    return runs.seal(replace(made, **changes))
+
+
+def test_merge_makes_one_record_over_seeds(tmp_path):
+    parts = [record(2), record(0), record(1)]
+    merged = sweeps.merge(parts)
+    assert merged.seeds == [0, 1, 2]
+    assert merged.values("test.mae") == [0.0, 1.0, 2.0]
+    assert merged.created == parts[0].created
+    assert merged.code["dirty"] is True  # one part was
+    assert merged.environment["gpu"] == "G0; G1"
+    assert merged.environment["cores"] == 2
+    assert merged.resources == {
+        "wall_seconds": 3.75,
+        "peak_ram_mib": 102,
+        "peak_gpu_mib": None,
+        "total_parameters": 7,
+    }
+    assert merged.rows == [{"merged_from": [record(s).id for s in (0, 1, 2)]}]
+    assert runs.load(runs.save(merged, tmp_path)) == merged
+    assert sweeps.merge(reversed(parts)) == merged
+    assert sweeps.merge([parts[1]]) == parts[1]
+
+
+@pytest.mark.parametrize(
+    ("named", "changes"),
+    [
+        ("name", {"name": "early"}),
+        ("corpus", {"corpus": {"name": "a", "sha256": "other"}}),
+        ("parameters", {"parameters": {"lr": 0.2}}),
+        ("chapter", {"chapter": "other"}),
+        ("profile", {"profile": "quick"}),
+        ("selection", {"selection": "best of test"}),
+        ("code.closure_sha256", {"code": {"closure_sha256": "m"}}),
+        ("code.chapter_sha256", {"code": {"chapter_sha256": "m"}}),
+        ("code.lock_sha256", {"code": {"lock_sha256": "m"}}),
+        ("environment.torch", {"environment": {"torch": "3"}}),
+        ("resources.total_parameters", {"resources": {"total_parameters": 8}}),
+        ("test items", {"per_seed": [{"seed": 1, "test_ids_sha256": "u"}]}),
+    ],
+)
+def test_merge_says_what_differs(named, changes):
+    base = record(1)
+    changes = {
+        k: getattr(base, k) | v if k in ("code", "environment", "resources") else v
+        for k, v in changes.items()
+    }
+    with pytest.raises(runs.RecordError, match="cannot be merged") as error:
+        sweeps.merge([record(0), record(2), record(1, **changes)])
+    differing = str(error.value).partition("differ in: ")[2]
+    assert differing.startswith(f"{named} (")
+    assert differing.count("against") == 1  # this and nothing else
+
+
+def test_merge_refuses_a_seed_twice():
+    again = record(0, created="2026-02-01T00:00:00+00:00")
+    with pytest.raises(runs.RecordError, match=r"a seed occurs twice in \[0, 0\]"):
+        sweeps.merge([record(0), again])
+    with pytest.raises(runs.RecordError, match="no records"):
+        sweeps.merge([])
+
+
+def test_one_seed_is_recorded_without_a_verdict(tmp_path, monkeypatch):
+    """A task of a sweep has one seed, and a chapter compares: it must not fail."""
+    monkeypatch.setenv("MMSA_RECORDS", str(tmp_path))
+    found = runs.compare(record(1), record(1, name="early"), names=("late", "early"))
+    assert found.rows[0]["n"] == 1
+    assert found.rows[0]["verdict"] == "late against early: one seed, no comparison."
+    assert "p" not in found.rows[0]
+
+
+# ---------------------------------------------------------------- Ray
+
+
+def test_without_ray_the_remedy_is_named(tmp_path, monkeypatch):
+    root = make_book(tmp_path)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(BookError, match=r"pip install 'mmsa-lib\[ray\]'"):
+        sweeps.sweep(open_book(root), plan(root, seeds=[0]), engine="ray")
+    assert executed(root) == []
+    with pytest.raises(UnknownNameError, match="unknown engine 'rai'"):
+        sweeps.sweep(open_book(root), plan(root, seeds=[0]), engine="rai")
+
+
+def start_ray(ray) -> None:
+    """Two cores and a GPU that is not there. Ray gives its own agent 15 s to start, on
+    any machine (ray-project/ray issue 65983); that a busy one is too slow for that says
+    nothing about us. In CI it is an error."""
+    for last in (False, True):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=2,
+                num_gpus=1,
+                object_store_memory=100_000_000,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+            return
+        except Exception as error:
+            ray.shutdown()
+            if "timed out during startup" not in str(error):
+                raise
+            if last and os.environ.get("CI"):
+                raise
+            if last:
+                pytest.skip(
+                    "this machine is too busy for Ray: its agent did not start in 15 s"
+                )
+
+
+def test_the_same_tasks_on_a_real_ray(tmp_path, monkeypatch):
+    """Two tasks that want one GPU each, on a cluster that (says it) has one."""
+    ray = pytest.importorskip("ray")
+    root = make_book(tmp_path / "book")
+    wrong = tmp_path / "wrong/mmsa_lib/__init__.py"
+    wrong.parent.mkdir(parents=True)
+    wrong.write_text("raise ImportError('this is not the library of the driver')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "wrong"))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    (root / "flags/once-a-1").touch()
+    try:
+        start_ray(ray)
+        book, tasks = open_book(root), plan(root, seeds=[0, 1])
+        with pytest.raises(BookError, match="asks for 2 GPUs and the largest node"):
+            sweeps.sweep(book, tasks, engine="ray", gpus_per_task=2)
+        rows = sweeps.sweep(book, tasks, engine="ray", gpus_per_task=1)
+        assert ray.is_initialized()  # a cluster that was there stays
+    finally:
+        ray.shutdown()
+    assert [(row.state, row.attempts) for row in rows] == [("done", 1), ("done", 2)]
+    assert executed(root) == ["a-0", "a-1", "a-1"]
+    entries = []
+    for row in rows:
+        (late,) = (r for r in row.records if r.name == "late")
+        assert late.code["commit"] == runs.code_facts()["commit"]
+        entries += late.per_seed
+        # notebook, records and log came back; it ran in a copy of the book
+        assert row.task.finished()
+        files = {p.name for p in row.task.folder.rglob("*")}
+        assert {"toy.ipynb", "toy.key.json", "runner.log", "toy.log"} <= files
+        assert not (row.task.folder / "kernel").exists()
+        assert not Path(late.per_seed[0]["library"]).exists()
+        assert not late.per_seed[0]["library"].startswith(str(tmp_path))
+    assert [e["gpu"] for e in entries] == ["0", "0"]
+    first, second = sorted(entries, key=lambda e: e["began"])
+    assert first["ended"] < second["began"]  # one GPU: one after the other
+    (merged,) = sweeps.merge_seeds(rows)
+    assert merged.problems == ()
+    assert [r.seeds for r in merged.records] == [[0, 1], [0, 1]]
+
+
+def test_gpus_reach_the_options_of_the_remote_task():
+    options = sweeps.ray_options(0.5)
+    assert (options["num_gpus"], options["max_retries"]) == (0.5, 0)
+
+
+def test_what_travels_is_book_and_library(tmp_path):
+    import io
+    import zipfile
+
+    root = make_book(tmp_path)
+    (root / "data").mkdir()
+    (root / "data/private.bin").write_text("x")
+    (root / "mmsa_lib/__pycache__").mkdir()
+    (root / "mmsa_lib/__pycache__/a.pyc").write_text("x")
+    names = zipfile.ZipFile(io.BytesIO(sweeps.pack(open_book(root)))).namelist()
+    assert {"book/_toc.yml", "book/book/toy.md", "book/mmsa_lib/used.py"} <= {*names}
+    assert {"press/mmsa_lib/errors.py", "press/mmsa_lib/press/sweep.py"} <= {*names}
+    assert not [n for n in names if "private" in n or "pyc" in n or "flags" in n]
