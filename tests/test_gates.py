@@ -322,6 +322,9 @@ def test_bands_of_a_profile(tmp_path):
         ("| late | 0.71 |", "0.71"),
         ("```{note}\nfell by −0.3\n```", "−0.3"),
         (":::{tip}\nfell to 0.3\n:::", "0.3"),
+        ("```{note} It reaches 0.88\nwords\n```", "0.88"),
+        ("where x < 0.5 and y > 1", "0.5"),
+        ("<b>0.5</b><img width='0.7'>", "0.5"),
         ("a 95 % interval of 3 clips in 2199", ""),
         ("`0.5` and ``lr = 0.1`` and $x = 0.2$ and\n$$\n0.3\n$$", ""),
         ("```python\nx = 0.5\n```\n\n```\n0.6\n```\n\n```{math}\n0.7\n```", ""),
@@ -413,7 +416,7 @@ def test_as_many_pages_as_the_table_of_contents_names(pages, tmp_path):
 # ---------------------------------------------------------------- cards
 
 PLACEHOLDERS = {
-    "status": f"# Status\n\n{cards.STATUS}\n",
+    "status": f"# Status\n\n## Chapters\n\n{cards.STATUS}\n",
     "records": f"# Records\n\n{cards.RECORDS}\n",
 }
 
@@ -555,9 +558,7 @@ runs.say("The floor is {m}.", m=runs.value(made, "mae", digits=2))
     assert 'a class="rec" href="records.html#record-' in page.read_text()
     assert "not current" not in page.read_text()
 
-    code, text = mmsa_book(
-        capsys, "build"
-    )  # unchanged: nothing is executed or rendered
+    code, text = mmsa_book(capsys, "build")  # unchanged: nothing to do
     assert (code, "nothing changed" in text, "rendering" in text) == (0, True, False)
 
     # a metric outside its band, and a chapter that fails: both keep the last good page
@@ -568,7 +569,7 @@ runs.say("The floor is {m}.", m=runs.value(made, "mae", digits=2))
     assert "1 fresh, 1 to execute" in text
     code, status = mmsa_book(capsys, "status", "--json")
     assert [row["state"] for row in json.loads(status)] == ["refused", "stale"]
-    assert "mmsa-book build says why" in json.loads(status)[0]["reasons"][0]
+    assert "outside its band 0.3 to 0.4" in json.loads(status)[0]["reasons"][0]
     assert "book/a.md: rows.0.mae of floor is 0.25, outside its band 0.3 to 0.4" in text
     assert "book/b.md, code cell 2 of 2" in text
     assert "1 of 2 chapters failed: b. 1 of 2 chapters refused by the gates: a" in text

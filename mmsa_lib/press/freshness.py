@@ -76,15 +76,17 @@ class State:
         folder = self.product.notebook.parents[2] / "good" / self.profile
         return Product(folder / self.product.notebook.name)
 
+    @property
+    def refused(self) -> Path:
+        """Where the gates note what they refuse in the newest version."""
+        return self.good.notebook.with_suffix(".refused")
+
     def as_dict(self) -> dict:
         state = "fresh" if self.fresh else "stale" if self.noted else "new"
         reasons = list(self.reasons)
-        if (
-            self.fresh
-            and (self.good.read() or {}).get("notebook") != (self.noted["notebook"])
-        ):
+        if self.fresh and self.refused.is_file():
             state = "refused"
-            reasons = ["it has not passed the gates; mmsa-book build says why"]
+            reasons = self.refused.read_text(encoding="utf-8").splitlines()
         return {
             "chapter": self.chapter.name,
             "state": state,

@@ -34,7 +34,7 @@ from mmsa_lib import runs
 from mmsa_lib.errors import MmsaError
 from mmsa_lib.press.chapters import Book, Cell, Chapter, parse
 from mmsa_lib.press.closure import name_of
-from mmsa_lib.press.files import digest, sha256, sha256_of
+from mmsa_lib.press.files import digest, sha256, sha256_of, write_atomic
 from mmsa_lib.press.freshness import Product, State
 
 ILLUSTRATION = "illustration"
@@ -172,15 +172,18 @@ def approve(
     noted = state.product.read() or {}
     key = digest([sha256(text), state.chapter.sha256, bands, sha256_of(Path(__file__))])
     last = good.read()
+    state.refused.unlink(missing_ok=True)
     if last and last["key"] == key and good.intact():
         return good, []
     made = noted.get("records", [])
     found = check_chapter(book, state.chapter, json.loads(text), shelf, bands, made)
-    if not found.problems:
-        more = {"numbers": found.numbers, "used": sorted(found.records)}
-        facts = {"key": key, "records": made, "seconds": noted.get("seconds", 0)}
-        good.write(text, facts | more)
-    return good, found.problems
+    if found.problems:
+        write_atomic(state.refused, "\n".join(found.problems))
+        return good, found.problems
+    more = {"numbers": found.numbers, "used": sorted(found.records)}
+    facts = {"key": key, "records": made, "seconds": noted.get("seconds", 0)}
+    good.write(text, facts | more)
+    return good, []
 
 
 def check_chapter(
@@ -434,7 +437,7 @@ _NOT_PROSE = [
     re.compile(r"(?<!\\)\$[^$\n]*(?:\n[^$\n]+)*\$"),
     re.compile(r"\]\([^)\s]*\)"),
     re.compile(r"https?://\S+"),
-    re.compile(r"<[^>\n]*>"),
+    re.compile(r"</?[A-Za-z][^>\n]*>"),
 ]
 
 
@@ -472,13 +475,13 @@ def _prose(text: str) -> tuple[str, set[int]]:
             closes = last and not info and marker[0] == last[0]
             if closes and len(marker) >= len(last):
                 opened.pop()
+                info = ""
             elif not skipping:
                 opened.append((marker, bool(_CODE.match(info)) or not info))
-                if re.match(r"\{(exercise|solution)(-start)?\}", info):
-                    inside = True
-                if re.match(r"\{(exercise|solution)-end\}", info):
-                    inside = False
-            line = ""
+                gate = re.match(r"\{(?:exercise|solution)-(start|end)\}", info)
+                inside = gate[1] == "start" if gate else inside
+            # the title of a box is prose, the name of a language is not
+            line = "" if skipping or _CODE.match(info) else info
         elif skipping or re.match(r"\s*:[\w-]+:", line):
             line = ""
         if inside:
