@@ -304,16 +304,19 @@ def test_a_killed_jupyter_book_leaves_the_last_book_and_no_orphan(tmp_path):
     first = files()
     page.write_text("# Tiny\n\nAnother book.\n")
     process = start(root, "build")
-    wait_until(lambda: (root / "_build/rendering").exists(), 60)
-    time.sleep(0.2)
-    at_work = [p for p in family(root) if p.pid != process.pid]
-    assert at_work
+    while not (root / "_build/rendering").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    (at_work,) = psutil.Process(process.pid).children()
+    at_work.suspend()  # else it might be done before its parent is gone
+    last = root / "_build/rendering/_build/html/index.html"
+    assert not last.exists()
     process.kill()  # the parent only
     process.wait()
     process.stdout.close()
+    at_work.resume()
     wait_until(lambda: not family(root), 10)
-    # ended with its parent, not by coming to its own end: that page it writes last
-    assert not (root / "_build/rendering/_build/html/index.html").exists()
+    assert not last.exists()  # cut short: it did not come to its own end
     assert files() == first
     whole()
     assert b"Another book" in (html / "book/index.html").read_bytes()
