@@ -372,15 +372,17 @@ def card(figure: Figure, *, name: str, alt: str, caption: str, **numbers) -> str
     text = html.escape(caption)
     if numbers:
         text = text.format(**{k: n._repr_html_() for k, n in numbers.items()})
-    # Styles stand inline because a notebook has no stylesheet of ours, and because
+    # A phone scrolls the picture, for its words would be too small to read. Styles
+    # stand inline because a notebook has no stylesheet of ours, and because
     # the book's theme would dim and frame images in dark mode.
     return (
         f'<figure id="fig-{name}" class="mmsa-figure" style="margin:1rem 0;padding:'
         f'.75rem;background:{PAPER};color:{INK};border-radius:6px">'
+        '<div style="overflow-x:auto">'
         f'<img src="data:image/{kind};base64,{base64.b64encode(picture).decode()}" '
         f'alt="{html.escape(alt)}" width="{width}" height="{height}" style="display:'
-        f"block;margin:auto;max-width:100%;height:auto;padding:0;background:{PAPER};"
-        'filter:none">'
+        f"block;margin:auto;max-width:100%;min-width:min(28rem,{width}px);"
+        f'height:auto;padding:0;background:{PAPER};filter:none"></div>'
         f'<figcaption style="text-align:left;color:{INK};font-weight:400">{text}'
         "</figcaption></figure>"
     )

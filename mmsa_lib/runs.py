@@ -645,7 +645,8 @@ def table(
         )
     note += " Synthetic corpus." if kind == "synthetic" else ""
     return HTML(
-        f'<div class="rec-table"><table class="{kind}"><caption>{note}</caption>'
+        f'<div class="rec-table"><table class="{kind}">'
+        f"<caption><span>{note}</span></caption>"
         f"<thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
@@ -681,7 +682,8 @@ def reference_table(path: Path | str, columns: Mapping[str, str]):
         rows.append(f"<tr><th scope='row'>{name}</th>{cells}</tr>")
     return HTML(
         '<div class="rec-table"><table class="reference">'
-        f"<caption {mark('caption')}>{html.escape(body['caption'])}</caption>"
+        f"<caption><span {mark('caption')}>{html.escape(body['caption'])}</span>"
+        "</caption>"
         f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
         "</table></div>"
     )

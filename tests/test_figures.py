@@ -116,7 +116,7 @@ def test_card_holds_a_readable_svg_with_escaped_words():
     page = ElementTree.fromstring(
         figures.card(figure, **words).replace('filter:none">', 'filter:none"/>')
     )
-    image = page.find("img")
+    image = page.find("div/img")
     assert page.get("id") == "fig-two-dots"
     assert image.get("alt") == words["alt"]
     assert page.find("figcaption").text == WORDS["caption"]
