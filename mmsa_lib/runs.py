@@ -576,8 +576,6 @@ def table(
     seeds = sorted({len(r.seeds) for r in records})
     note = f"{caption} Mean over {' or '.join(map(str, seeds))} seeds"
     note += ", with sample standard deviation where shown." if sd else "."
-    if seeds == [1]:
-        note = f"{caption} One run each."
     note += " Synthetic corpus." if kind == "synthetic" else ""
     return HTML(
         f'<div class="rec-table"><table class="{kind}"><caption>{html.escape(note)}'
