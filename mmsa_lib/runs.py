@@ -418,13 +418,20 @@ def experiment(
     return record
 
 
-def measure(name: str, corpus=None, **values: float) -> RunRecord:
-    """Record facts that no training produced: an oracle's error, a parameter count."""
+def measure(
+    name: str, corpus=None, *, per_seed: Sequence[Mapping] = (), **values: float
+) -> RunRecord:
+    """Record facts that no training produced: an oracle's error, a parameter count.
+
+    per_seed: instead of values, one dict a seed: ``{"seed": 0, "test": {"mae": 1.2}}``.
+    """
     record = _new(
         name,
         "measurement",
+        seeds=[int(entry["seed"]) for entry in per_seed],
         corpus=corpus_facts(corpus) if corpus is not None else {},
-        rows=[{k: float(v) for k, v in values.items()}],
+        per_seed=[dict(entry) for entry in per_seed],
+        rows=[{k: float(v) for k, v in values.items()}] if values else [],
         resources=peak_memory(),
     )
     record = seal(record)
@@ -463,6 +470,29 @@ def compare(
     record = seal(record)
     save(record)
     return record
+
+
+def holm(*records: RunRecord) -> list[RunRecord]:
+    """Comparisons with their p values adjusted for how many they are, as new records.
+
+    All that were made for one question belong into one call (`statistics.holm`).
+    """
+    from mmsa_lib import statistics
+
+    names = [f.name for f in fields(statistics.Comparison)]
+    found = {
+        r.id: statistics.Comparison(**{k: r.rows[0][k] for k in names}) for r in records
+    }
+    adjusted = []
+    for r in records:
+        one = statistics.holm(found)[r.id]
+        row = {**r.rows[0], **asdict(one), "verdict": one.verdict, "unadjusted": r.id}
+        record = _new(
+            f"{r.name}-holm", "comparison", seeds=r.seeds, corpus=r.corpus, rows=[row]
+        )
+        adjusted.append(seal(record))
+        save(adjusted[-1])
+    return adjusted
 
 
 def _report(predictions) -> dict[str, float | None]:

@@ -233,6 +233,49 @@ def test_measurements_give_numbers(records):
     assert runs.load(next(records.iterdir())) == found
 
 
+def test_measurements_by_seed_are_compared_and_tabled_like_experiments(records):
+    def make(name, *mae):
+        per_seed = [{"seed": s, "test": {"mae": x}} for s, x in enumerate(mae)]
+        return runs.measure(name, CORPUS, per_seed=per_seed)
+
+    a, b = make("a", 0.5, 0.6, 0.7), make("b", 0.9, 1.0, 1.3)
+    assert a.seeds == [0, 1, 2]
+    assert a.values("test.mae") == [0.5, 0.6, 0.7]
+    assert not a.rows
+    row = runs.compare(a, b, names=("a", "b")).rows[0]
+    assert row["difference"] == pytest.approx(-0.4667, abs=1e-3)
+    assert 'value="0.6' in runs.table([a, b], {"MAE": "test.mae"}).data
+
+
+def test_many_comparisons_are_adjusted_together_and_keep_their_origin(records):
+    base = runs.measure("base", CORPUS, per_seed=_by_seed(0.0, 0.1, 0.2, 0.3))
+    others = {
+        "near": _by_seed(0.12, 0.12, 0.3, 0.46),
+        "far": _by_seed(1.0, 1.1, 1.2, 1.31),
+        "same": _by_seed(0.1, 0.0, 0.3, 0.2),
+    }
+    plain = [
+        runs.compare(runs.measure(k, CORPUS, per_seed=v), base, names=(k, "base"))
+        for k, v in others.items()
+    ]
+    near, far, same = runs.holm(*plain)
+    p = [r.rows[0]["p"] for r in plain]
+    assert p[1] < p[0] < 0.05 < p[2]
+    assert far.rows[0]["p"] == pytest.approx(3 * p[1])
+    assert near.rows[0]["p"] == pytest.approx(2 * p[0])
+    assert same.rows[0]["p"] == pytest.approx(max(p[2], 2 * p[0]))
+    assert near.rows[0]["unadjusted"] == plain[0].id
+    assert near.corpus == plain[0].corpus
+    assert "Holm's correction for 3 comparisons" in far.rows[0]["verdict"]
+    assert "No evidence" in near.rows[0]["verdict"]
+    assert "base is better than near" in plain[0].rows[0]["verdict"]
+    assert runs.load(records / f"{near.name}-{near.id[:12]}.json") == near
+
+
+def _by_seed(*mae):
+    return [{"seed": s, "test": {"mae": x}} for s, x in enumerate(mae)]
+
+
 def test_reference_tables_need_a_source(tmp_path):
     path = tmp_path / "elsewhere.yml"
     path.write_text("caption: measured by X\nrows: [{model: ridge, mae: '.954'}]\n")
