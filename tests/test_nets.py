@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, replace
+from itertools import product
 
 import pytest
 import torch
@@ -230,16 +231,21 @@ def test_dropout_gradient_follows_the_mask():
 
 
 @pytest.mark.parametrize("shape", [(64, 50, 40, 160), (3, 2, 7, 5), (64, 1, 40, 40)])
-def test_linear_equals_torch(shape):
+@pytest.mark.parametrize("gradients", [True, False])
+def test_linear_equals_torch(shape, gradients):
     B, T, d_in, d_out = shape
     torch.manual_seed(0)
     x, w, b = torch.randn(B, T, d_in), torch.randn(d_out, d_in), torch.randn(d_out)
-    for bias in (b, None):
-        expected = F.linear(x, w, bias)
-        assert torch.allclose(ops.linear(x, w, bias), expected, atol=1e-4, rtol=1e-5)
+    part = torch.randn(B, T, 2 * d_in).chunk(2, dim=-1)[1]  # not contiguous
+    with torch.set_grad_enabled(gradients):
+        for a, bias, relu in product((x, part), (b, None), (False, True)):
+            expected = F.linear(a, w, bias)
+            expected = F.relu(expected) if relu else expected
+            y = ops.linear(a, w, bias, relu)
+            assert torch.allclose(y, expected, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", ["nothing", "keys", "pairs"])
 @pytest.mark.parametrize(
     "size", [(3, 2, 7, 11, 5), (24, 4, 40, 60, 5), (2, 2, 1, 9, 4)]
 )
@@ -250,8 +256,9 @@ def test_attention_equals_torch(size, masked, spread):
     inputs = [torch.randn(B, h, T, d) for T in (Tq, Tk, Tk)]
     inputs[0] *= spread
     bias = None
-    if masked:
-        blocked = torch.rand(B, 1, 1, Tk) < 0.3
+    if masked != "nothing":
+        shape = (B, 1, 1, Tk) if masked == "keys" else (1, 1, Tq, Tk)
+        blocked = torch.rand(shape) < 0.3
         blocked[..., 0] = False
         bias = blocked * (torch.finfo(torch.float32).min / 4)
     ours = [x.clone().requires_grad_() for x in inputs]
@@ -309,18 +316,28 @@ class ReferenceEncoder:
         x = (x - mean) / (var + 1e-5).sqrt()
         return x * self.w[f"{name}.weight"] + self.w[f"{name}.bias"]
 
-    def __call__(self, x):
-        """x (B, T, D) without padding."""
+    def embed(self, x):
         D = x.shape[-1]
-        x = math.sqrt(D) * x + sinusoids(x.shape[1] + 1, D)[1:]
+        return math.sqrt(D) * x + sinusoids(x.shape[1] + 1, D)[1:]
+
+    def __call__(self, x, context=None):
+        """x (B, T, D), context (B, Tk, D) without padding."""
+        D = x.shape[-1]
+        x = self.embed(x)
+        if context is not None:
+            context = self.embed(context)
         for i in range(self.layers):
             p = f"layers.{i}"
             n = self.norm(x, f"{p}.norm_attention")
+            other = n
+            if context is not None:
+                other = self.norm(context, f"{p}.norm_attention")
             W, b = self.w[f"{p}.qkv.weight"], self.w[f"{p}.qkv.bias"]
             heads, d = [], D // self.heads
             for h in range(self.heads):
                 rows = [slice(j * D + h * d, j * D + (h + 1) * d) for j in range(3)]
-                q, k, v = (n @ W[r].T + b[r] for r in rows)
+                sources = zip((n, other, other), rows, strict=True)
+                q, k, v = (y @ W[r].T + b[r] for y, r in sources)
                 weights = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(d), -1)
                 heads.append(weights @ v)
             y = torch.cat(heads, -1) @ self.w[f"{p}.out.weight"].T
@@ -343,10 +360,11 @@ def random_encoder(width=12, layers=3, heads=3, seed=0, **settings):
 @pytest.mark.parametrize("mode", ["paper", "official"])
 def test_encoder_equals_a_plain_reference(mode):
     encoder = random_encoder(mode=mode)
-    x = torch.randn(5, 9, 12)
+    x, reference = torch.randn(5, 9, 12), ReferenceEncoder(encoder)
     with torch.no_grad():
-        difference = (encoder(x) - ReferenceEncoder(encoder)(x)).abs().max()
-    assert difference < 1e-5
+        for context in (None, torch.randn(5, 7, 12)):
+            difference = encoder(x, context=context) - reference(x, context)
+            assert difference.abs().max() < 1e-5
 
 
 def test_batched_blocks_equal_single_samples():

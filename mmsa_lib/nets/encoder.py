@@ -72,19 +72,20 @@ class EncoderLayer(nn.Module):
             nn.init.xavier_uniform_(part.weight)
             nn.init.zeros_(part.bias)
 
-    def forward(self, x: Tensor, keys: _Keys, row=None) -> Tensor:
-        """x (B, T, D) -> (B, T, D), or (B, 1, D) where one `row` is asked for."""
+    def forward(self, x: Tensor, keys: _Keys, kv=None, row=None) -> Tensor:
+        """x (B, T, D) -> (B, T, D), or (B, 1, D) where one `row` is asked for. `kv`
+        (B, Tk, 2D) holds keys and values of another stream, side by side.
+        """
         rates, D = self.rates, x.shape[-1]
         normed = self.norm_attention(x)
         weight, bias = self.qkv.weight, self.qkv.bias
-        if keys.context is None and row is None:
+        if kv is None and row is None:
             q, k, v = linear(normed, weight, bias).chunk(3, dim=-1)
         else:
-            other = normed
-            if keys.context is not None:
-                other = self.norm_attention(keys.context)
             q = linear(_take(normed, row), weight[:D], bias[:D])
-            k, v = linear(other, weight[D:], bias[D:]).chunk(2, dim=-1)
+            if kv is None:
+                kv = linear(normed, weight[D:], bias[D:])
+            k, v = kv.chunk(2, dim=-1)
         p = rates.attention if self.training else 0.0
         y = attend(self._split(q), self._split(k), self._split(v), keys.bias(row), p)
         y = linear(y.transpose(1, 2).flatten(2), self.out.weight, self.out.bias)
@@ -92,8 +93,8 @@ class EncoderLayer(nn.Module):
             y = y * keys.present  # attention over nothing adds nothing
         x = _take(x, row) + dropout(y, rates.residual, self.training)
 
-        y = linear(self.norm_ffn(x), self.fc1.weight, self.fc1.bias)
-        y = dropout(F.relu(y, inplace=True), rates.relu, self.training)
+        y = linear(self.norm_ffn(x), self.fc1.weight, self.fc1.bias, relu=True)
+        y = dropout(y, rates.relu, self.training)
         y = linear(y, self.fc2.weight, self.fc2.bias)
         return x + dropout(y, rates.residual, self.training)
 
@@ -106,7 +107,7 @@ class EncoderLayer(nn.Module):
 class _Keys:
     """What the queries of all layers attend to, prepared once a forward pass."""
 
-    context: Tensor | None  # (B, Tk, D) of cross-attention
+    context: tuple[Tensor, ...] | None  # keys and values (B, Tk, 2D) of each layer
     present: Tensor | None  # (B, 1, 1), 0 for a sample without any key
     scores: Tensor | None  # (B or 1, Tq or 1, Tk), added to the attention scores
 
@@ -187,7 +188,8 @@ class Encoder(nn.Module):
         x = self._embed(x, mask)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
-            x = layer(x, keys, row if i == last else None)
+            kv = keys.context[i] if keys.context else None
+            x = layer(x, keys, kv, row if i == last else None)
         x = self.norm(x)
         if mask is not None:
             real = mask if row is None else mask.any(1, keepdim=True)
@@ -225,8 +227,24 @@ class Encoder(nn.Module):
         if context is not None:
             if context_mask is not None:
                 present = context_mask.any(1)[:, None, None].to(x.dtype)
-            context = self._embed(context, context_mask)
+            context = self._project(self._embed(context, context_mask))
         return _Keys(context, present, scores)
+
+    def _project(self, context: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values (B, Tk, 2D) of the embedded context in every layer.
+
+        One product makes them all: what differs between the layers' LayerNorms is
+        affine, so it goes into the weights.
+        """
+        D = context.shape[-1]
+        weights, biases = [], []
+        for layer in self.layers:
+            norm, weight = layer.norm_attention, layer.qkv.weight[D:]
+            weights.append(weight * norm.weight)
+            biases.append(weight @ norm.bias + layer.qkv.bias[D:])
+        normed = F.layer_norm(context, (D,), eps=self.norm.eps)
+        kv = linear(normed, torch.cat(weights), torch.cat(biases))
+        return kv.chunk(len(self.layers), dim=-1)
 
     def _by_length(self, x, mask, context, context_mask, read) -> Tensor:
         """Encode samples of similar length together, without their common padding."""
@@ -234,7 +252,8 @@ class Encoder(nn.Module):
         order = lengths.argsort()
         back = order.argsort()
         parts = []
-        for part in order.split(_SIMILAR):
+        size = max(_SIMILAR, min(len(order) // 2, _STEPS // x.shape[1]))
+        for part in order.split(size):
             T = max(int(lengths[part[-1]]), 1)
             c, cm = context, context_mask
             if context is not None:
@@ -244,7 +263,8 @@ class Encoder(nn.Module):
         return torch.cat(parts)[back]
 
 
-_SIMILAR = 16
+_SIMILAR = 16  # samples of similar length that are encoded together, at least,
+_STEPS = 1600  # and about as many steps: smaller tensors cost more than padding
 
 
 def _useful(mask: Tensor | None) -> Tensor | None:

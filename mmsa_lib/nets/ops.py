@@ -52,19 +52,27 @@ def _noise(shape: torch.Size, p: float) -> tuple[Tensor, float, float]:
 # ---------------------------------------------------------------- linear
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (B, T, d_in), weight (d_out, d_in), bias (d_out,) -> (B, T, d_out).
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False
+) -> Tensor:
+    """x (B, T, d_in), weight (d_out, d_in), bias (d_out,) -> (B, T, d_out), with `relu`
+    of that.
 
-    A 1x1 convolution in channels-last layout is the same sum of products. torch runs it
-    through oneDNN, whose AVX-512 kernels are up to twice as fast as the BLAS behind
-    `F.linear`.
+    oneDNN's AVX-512 kernels are up to twice as fast as the BLAS behind `F.linear`.
+    Without gradients torch has an operation for them. With gradients they are reached
+    by a 1x1 convolution in channels-last layout, the same sum of products.
     """
     size = x.shape[0] * x.shape[1] * weight.numel()
     if not _fast(x) or size < _LARGE or not torch.backends.mkldnn.is_available():
-        return F.linear(x, weight, bias)
-    image = x.unsqueeze(1).permute(0, 3, 1, 2)  # (B, d_in, 1, T)
-    image = F.conv2d(image, weight[:, :, None, None], bias)
-    return image.permute(0, 2, 3, 1).squeeze(1)
+        y = F.linear(x, weight, bias)
+    elif torch.is_grad_enabled():
+        image = x.unsqueeze(1).permute(0, 3, 1, 2)  # (B, d_in, 1, T)
+        image = F.conv2d(image, weight[:, :, None, None], bias)
+        y = image.permute(0, 2, 3, 1).squeeze(1)
+    else:
+        then = "relu" if relu else "none"
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "")
+    return F.relu(y, inplace=True) if relu else y
 
 
 # ---------------------------------------------------------------- attention
@@ -85,6 +93,8 @@ def attend(
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p)
     # head widths of 5 to 8 are too narrow to be the last axis of a matrix product
     q, k, v = (x.transpose(2, 3).contiguous() for x in (q, k, v))
+    if bias is not None:
+        bias = bias.transpose(2, 3).contiguous()  # keys first: sums run over rows
     return _Attention.apply(q, k, v, bias, p).transpose(2, 3)
 
 
@@ -105,8 +115,8 @@ class _Attention(torch.autograd.Function):
         size = max(1, min(B, _BLOCK // (h * Tq * Tk)))
         gain = 1.0
         held = B if keep else size  # without gradients, blocks share their memory
-        weights = q.new_empty(held, h, Tq, Tk)
-        dropped = q.new_empty(held, h, Tq, Tk) if p else weights
+        weights = q.new_empty(held, h, Tk, Tq)
+        dropped = torch.empty_like(weights) if p else weights
         total = q.new_empty(B, h, 1, Tq)
         out = q.new_empty(B, h, d, Tq)
         for i in range(0, B, size):
@@ -114,21 +124,22 @@ class _Attention(torch.autograd.Function):
             n = block.stop - i
             w = weights[block] if keep else weights[:n]
             used = dropped[block] if keep else dropped[:n]
-            queries = (q[block] * scale).flatten(0, 1).transpose(1, 2)
-            torch.bmm(queries, k[block].flatten(0, 1), out=w.flatten(0, 1))
             if bias is not None:
-                w += bias[block] if len(bias) > 1 else bias
+                w.copy_(bias[block] if len(bias) > 1 else bias)
+            queries, keys = q[block].flatten(0, 1), k[block].flatten(0, 1)
+            w.flatten(0, 1).baddbmm_(
+                keys.transpose(1, 2), queries, beta=int(bias is not None), alpha=scale
+            )
             if reach > 64:  # 2^s could leave the range of float32
-                w -= w.amax(-1, keepdim=True)
+                w -= w.amax(2, keepdim=True)
             w.exp2_()
-            torch.sum(w, -1, out=total[block].squeeze(2))
+            torch.sum(w, 2, keepdim=True, out=total[block])
             if p:
                 noise, limit, gain = _noise(w.shape, p)
                 torch.ops.aten.threshold_backward.grad_input(
                     w, noise, limit, grad_input=used
                 )
-            values = v[block].flatten(0, 1)
-            mixed = used.flatten(0, 1).transpose(1, 2)
+            values, mixed = v[block].flatten(0, 1), used.flatten(0, 1)
             torch.bmm(values, mixed, out=out[block].flatten(0, 1))
         total += total == 0  # a query that sees nothing: 0 / 1
         out *= gain / total
@@ -143,18 +154,19 @@ class _Attention(torch.autograd.Function):
         q, k, v, weights, dropped, total, out = ctx.saved_tensors
         B, _, d, _ = q.shape
         grad = grad / total
-        delta = (grad * out).sum(2).unsqueeze(3)  # (B, h, Tq, 1)
+        delta = (grad * out).sum(2, keepdim=True)  # (B, h, 1, Tq)
         grad *= ctx.gain
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         for i in range(0, B, ctx.size):
             block = slice(i, min(i + ctx.size, B))
             g, used = grad[block].flatten(0, 1), dropped[block].flatten(0, 1)
             keys, values = k[block].flatten(0, 1), v[block].flatten(0, 1)
-            ds = torch.bmm(g.transpose(1, 2), values)
+            ds = torch.bmm(values.transpose(1, 2), g)
             ds.mul_(used).addcmul_(
                 weights[block].flatten(0, 1), delta[block].flatten(0, 1), value=-1
             )
-            torch.bmm(keys, ds.transpose(1, 2), out=dq[block].flatten(0, 1))
+            torch.bmm(keys, ds, out=dq[block].flatten(0, 1))
+            ds, used = ds.transpose(1, 2), used.transpose(1, 2)
             torch.bmm(q[block].flatten(0, 1), ds, out=dk[block].flatten(0, 1))
             torch.bmm(g, used, out=dv[block].flatten(0, 1))
         dq *= d**-0.5
