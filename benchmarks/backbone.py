@@ -368,7 +368,8 @@ def main() -> None:
             "last layer; no masks; F.dropout; Adam(foreach off)",
             "ours": "batch-first; cached positions; one row in the last layer where "
             "one is read; attention in cache-sized blocks; four dropout decisions a "
-            "random draw; linear maps through oneDNN; Adam(fused=True)",
+            "random draw; linear maps through oneDNN; keys and values of a context in "
+            "one product; samples of similar length together; Adam(fused=True)",
             "same": "weights, batches, dropout rates; on full batches outputs agree to "
             "1e-5; on ragged batches ours masks the padding",
         }
