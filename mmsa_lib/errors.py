@@ -14,6 +14,10 @@ class CorpusError(MmsaError, ValueError):
     """A corpus, or a file it is built from, is not what the schema asks for."""
 
 
+class ClipError(CorpusError):
+    """A clip cannot be decoded, or its folder cannot be read."""
+
+
 class DownloadError(MmsaError, OSError):
     """A file could not be fetched whole and verified."""
 
