@@ -313,7 +313,8 @@ def _check_output(book, cell, output, shelf, found: Findings) -> Iterator[str]:
         yield "shows a traceback"
     for warning in _WARNING.findall(seen):
         yield f"shows a warning: {_short(warning)}. Repair what it warns of"
-    for word in _UNDEFINED.findall(seen):
+    shown = ILLUSTRATION not in cell.tags
+    for word in _UNDEFINED.findall(seen) if shown else ():
         yield (
             f"shows {word}. Show a dash and say why the value is undefined "
             "(runs.number does), or repair the computation"
@@ -324,15 +325,15 @@ def _check_output(book, cell, output, shelf, found: Findings) -> Iterator[str]:
             yield f"shows a picture {problem}: describe it with figures.show(alt=...)"
     for mark in page.marks:
         yield from _check_mark(book, mark, shelf, found)
-    if ILLUSTRATION in cell.tags:
-        return
-    for text in page.plain:
-        for number in _NUMBER.findall(text):
+    for text in page.plain if shown else ():
+        numbers = _NUMBER.findall(text)
+        if numbers:
             around = _short(" ".join(text.split()))
             yield (
-                f"shows {number} in {around!r}, which no record backs. Take it from "
-                "one (runs.number, runs.value), name its source (runs.given), or tag "
-                f"the cell {ILLUSTRATION} if this is no result"
+                f"shows {', '.join(n.rstrip(',') for n in numbers[:6])} in {around!r}, "
+                "which no record backs. Take it from one (runs.number, runs.value), "
+                "name its source (runs.given), or tag the cell illustration if this is "
+                "no result"
             )
 
 
