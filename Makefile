@@ -29,7 +29,7 @@ book: $(STAMP)
 	@$(BIN)/mmsa-book build --profile $(PROFILE) --jobs $(JOBS)
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 env: $(STAMP)
 	@echo "the environment is ready: $(VENV)"
