@@ -21,8 +21,10 @@ from test_press import chapter, make_project, start
 
 from mmsa_lib import runs
 from mmsa_lib.press import render as rendering
+from mmsa_lib.press.cards import Trace
 from mmsa_lib.press.chapters import open_book
 from mmsa_lib.press.freshness import states
+from mmsa_lib.press.gates import Shelf
 
 KILLS = 20
 SEED = 7
@@ -229,6 +231,9 @@ def test_no_kill_between_two_renames_loses_the_last_book(tmp_path, monkeypatch):
         (made / "book/index.html").write_text(f"<h1>{text}")
         return made
 
+    def nothing(root) -> Trace:
+        return Trace(open_book(root), {}, Shelf(()))
+
     def rendered(at: int) -> int:
         """Exit status of a rendering that was killed at that operation."""
         pid = os.fork()
@@ -245,7 +250,7 @@ def test_no_kill_between_two_renames_loses_the_last_book(tmp_path, monkeypatch):
 
         try:
             sys.addaudithook(hook)
-            rendering.render(open_book(root), {})
+            rendering.render(open_book(root), nothing(root))
             os._exit(0)
         finally:
             os._exit(1)
@@ -261,13 +266,16 @@ def test_no_kill_between_two_renames_loses_the_last_book(tmp_path, monkeypatch):
         code = rendered(at)
         book = open_book(root)
         lost += not html.exists()
-        assert not (code and rendering.is_current(book, {})) or shown(html) == new
+        assert (
+            not (code and rendering.is_current(book, nothing(root)))
+            or shown(html) == new
+        )
         rendering.recover(book)
         assert shown(html) in (old, new)
         # the key never belongs to other pages than those that lie there
         for name in pages:
             (root / "book/index.md").write_text(f"# {name}")
-            assert not rendering.is_current(book, {}) or shown(html) == name
+            assert not rendering.is_current(book, nothing(root)) or shown(html) == name
         # only what is the book's: nothing half-made stays
         known = {"html", "html.key", "logs"}
         assert {p.name for p in (root / "_build").iterdir()} <= known

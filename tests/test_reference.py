@@ -10,7 +10,9 @@ import pytest
 from conftest import ROOT
 
 import mmsa_lib
+from mmsa_lib.press.cards import Trace
 from mmsa_lib.press.chapters import open_book
+from mmsa_lib.press.gates import Shelf
 from mmsa_lib.press.reference import MARK, PACKAGE, markdown, read, reference
 from mmsa_lib.press.render import _inputs
 
@@ -78,9 +80,10 @@ def test_a_changed_docstring_renders_the_page_again(tmp_path):
     }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    before = _inputs(open_book(tmp_path), {})
+    trace = Trace(book := open_book(tmp_path), {}, Shelf(()))
+    before = _inputs(book, trace)
     (tmp_path / "mmsa_lib/a.py").write_text('"""New."""\n')
-    assert _inputs(open_book(tmp_path), {}) != before
+    assert _inputs(book, trace) != before
 
 
 def test_modules_come_in_the_order_of_the_layers():
