@@ -381,7 +381,7 @@ def card(figure: Figure, *, name: str, alt: str, caption: str, **numbers) -> str
         '<div style="overflow-x:auto">'
         f'<img src="data:image/{kind};base64,{base64.b64encode(picture).decode()}" '
         f'alt="{html.escape(alt)}" width="{width}" height="{height}" style="display:'
-        f"block;margin:auto;max-width:100%;min-width:min(28rem,{width}px);"
+        f"block;margin:auto;max-width:100%;min-width:min(21rem,{width}px);"
         f'height:auto;padding:0;background:{PAPER};filter:none"></div>'
         f'<figcaption style="text-align:left;color:{INK};font-weight:400">{text}'
         "</figcaption></figure>"

@@ -666,12 +666,13 @@ def table(
         note = note.format(**{k: n._repr_html_() for k, n in numbers.items()})
     seeds = {len(r.seeds): number(r, "seeds", of="count", digits=0) for r in records}
     counts = " or ".join(n._repr_html_() for _, n in sorted(seeds.items()))
-    note += f" Mean over {counts} seeds"
-    note += ", with sample standard deviation where shown." if sd else "."
+    if set(seeds) != {1}:
+        note += f" Mean over {counts} seeds"
+        note += ", with sample standard deviation where shown." if sd else "."
     if f">{UNDEFINED}<" in rows:
         note += (
-            f" {UNDEFINED} is undefined, such as the correlation of a constant, or "
-            "not there."
+            f" {UNDEFINED} where a value is undefined, such as the correlation of a "
+            "constant, or missing."
         )
     note += " Synthetic corpus." if kind == "synthetic" else ""
     return HTML(

@@ -460,8 +460,11 @@ def test_numbers_lead_to_their_records_and_pages_are_generated(tmp_path):
     assert f'{link}<data class="rec"' in number
     assert number.count("</data></a>") == 1
     assert f">{link}late wins</a></li>" in verdict
-    assert "<dt>State</dt><dd>fresh</dd>" in card
-    assert "1, newest 2025-05-06; the code has moved on since" in card
+    assert "<dt>Page</dt><dd>fresh</dd>" in card
+    assert "<dt>Code</dt>" not in card  # of a run of this build
+    own = f'<dl class="run-card" data-records="{kept.id[:12]}"></dl>'
+    kept_card = made._linked(own, "a", book["a"].page)
+    assert "<dt>Code</dt><dd>the code has moved on since</dd>" in kept_card
     assert made.files.keys() == {f"late-fusion-{short}.json"} | {
         f"late-fusion-{kept.id[:12]}.json"
     }

@@ -158,7 +158,7 @@ def test_mosi_equals_the_reference_file(mosi, reference):
 
 
 def test_mosi_labels_have_the_published_facts(mosi):
-    """metrics-and-data B.1."""
+    """Means, spreads, bins and signs of each fold."""
     _, corpus = mosi
     published = {
         "train": (0.234, 1.509, [24, 199, 227, 248, 227, 313, 46], (552, 53, 679)),

@@ -123,7 +123,7 @@ def test_what_no_record_holds_is_a_dash_with_its_reason():
     page = runs.table([record], {"r": "test.corr"}).data
     assert "mean(test.corr) is undefined" in page
     assert ">—</data>" in page
-    assert "— is undefined, such as the correlation of a constant" in page
+    assert "— where a value is undefined, such as the correlation of a" in page
     assert ">nan" not in page
     field = "field:resources.peak_gpu_mib"
     assert ">—</data>" in runs.table([record], {"trained": field}).data

@@ -28,7 +28,7 @@ def patterns(modalities: Sequence[str]) -> list[tuple[str, ...]]:
     """All incomplete patterns as tuples of *available* modalities.
 
     2**M - 2 of them, few modalities first. For text, audio, vision these are the six
-    of `metrics-and-data.md` section A.6; the complete case is not among them.
+    that leave one or two modalities; the complete case is not among them.
     """
     modalities = tuple(modalities)
     return [

@@ -28,7 +28,9 @@ NOT_CURRENT = (
 )
 _NUMBER = re.compile(r'<data class="rec"[^>]* data-record="(\w+)"[^>]*>.*?</data>')
 _VERDICT = re.compile(r'(<li class="rec"[^>]* data-record="(\w+)"[^>]*>)(.*?)(</li>)')
-_CARD = re.compile(r'(<dl class="run-card".*?)(</dl>)', re.DOTALL)
+_CARD = re.compile(
+    r'(<dl class="run-card"[^>]*data-records="([^"]*)".*?)(</dl>)', re.DOTALL
+)
 _LINES = ("Training time", "Peak memory", "Trained parameters", "Corpus", "Seeds")
 _LINES += ("Hardware", "Commit", "Date")
 
@@ -98,11 +100,12 @@ class Trace:
 
     def _linked(self, content: str, name: str, page: str) -> str:
         def more(match) -> str:
+            own = [self.shelf[i] for i in match[2].split()]
             rows = "".join(
                 f"<div><dt>{k}</dt><dd>{v}</dd></div>"
-                for k, v in self._card(name, page).items()
+                for k, v in self._card(name, page, own).items()
             )
-            return match[1] + rows + match[2]
+            return match[1] + rows + match[3]
 
         content = _CARD.sub(more, content)
         if self.home:
@@ -118,19 +121,15 @@ class Trace:
     def _to(self, page: str) -> str:
         return posixpath.relpath(f"{self.home}.html", posixpath.dirname(page))
 
-    def _card(self, name: str, page: str) -> dict[str, str]:
-        """Lines of a run card that only the press knows."""
+    def _card(self, name: str, page: str, own: list[runs.RunRecord]) -> dict[str, str]:
+        """Lines that only the press knows, for a run card of the records `own`."""
         shown = self.shown[name]
-        lines = {"State": shown.state}
-        used = [self.shelf[i] for i in shown.noted.get("used", ())]
-        old = [r for r in used if self._is_committed(r)]
+        lines = {"Page": shown.state}
+        old = [r for r in own if self._is_committed(r)]
         if old:
-            newest = max(r.created[:10] for r in old)
-            lines["Committed records"] = (
-                f"{len(old)}, newest {newest}; {self._code(old)}"
-            )
+            lines["Code"] = self._code(old)
         if self.home:
-            count = len(used)
+            count = len(shown.noted.get("used", ()))
             lines["Records"] = (
                 f'<a href="{self._to(page)}">{count} behind this page</a>'
             )
