@@ -18,6 +18,8 @@ from conftest import ROOT
 from test_press import HEADER, cell, start
 
 from mmsa_lib.press.chapters import open_book
+from mmsa_lib.press.cli import gated
+from mmsa_lib.press.freshness import states
 from mmsa_lib.press.render import is_current
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -126,10 +128,11 @@ def toy_site(tmp_path_factory) -> Path:
 
 def real_site() -> Path:
     book = open_book(ROOT)
-    folder = book.build / "executed" / "quick"
-    notebooks = {name: folder / f"{name}.ipynb" for name in book.chapters}
-    there = all(path.is_file() for path in notebooks.values())
-    if not (there and is_current(book, notebooks)):
+    known = states(book, "quick")
+    trace = None
+    if all(state.good.intact() for state in known):
+        trace, _ = gated(book, "quick", known, set())
+    if trace is None or not is_current(book, trace):
         absent("the rendered book is absent or older than its sources: call make book")
     return book.build / "html"
 

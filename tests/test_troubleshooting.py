@@ -62,7 +62,13 @@ def make(tmp_path, answer: str, fake: str) -> str:
     )
     python.chmod(0o755)
     done = subprocess.run(
-        ["make", "env", f"PYTHON={python}", f"VENV={tmp_path}/venv"],
+        [
+            "make",
+            "--no-print-directory",
+            "env",
+            f"PYTHON={python}",
+            f"VENV={tmp_path}/venv",
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,

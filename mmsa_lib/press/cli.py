@@ -79,7 +79,7 @@ def build(profile: Profile = "quick", jobs: Jobs = 2) -> None:
                 if outcome.notebook.is_file():
                     shown = outcome.notebook.relative_to(book.root)
                     console.print(f"the notebook up to there: {shown}")
-        trace, refused = _gated(book, profile, known, failed)
+        trace, refused = gated(book, profile, known, failed)
         current = trace is not None and is_current(book, trace)
         problem = ""
         if trace is not None and not current:
@@ -98,7 +98,7 @@ def build(profile: Profile = "quick", jobs: Jobs = 2) -> None:
     console.print(f"{verb} ({time.time() - began:.0f} s): open {index}")
 
 
-def _gated(book: Book, profile: str, known: list, failed: set[str]):
+def gated(book: Book, profile: str, known: list, failed: set[str]):
     """The chapters as the book will show them, and those that a gate refused.
 
     Instead of the first, None if a chapter has no good version yet.
