@@ -1,0 +1,585 @@
+"""Discriminative readout of an omni-modal language model, and its generative twin.
+
+After arXiv 2606.05713 (specification: the chapters "QLoRA and a regression head" and
+"Generative against discriminative"). A frozen 4-bit Thinker is adapted with LoRA; the
+hidden state of the last real token goes through a small head that gives a score
+(`Readout`), or the same backbone, adapted in the same way, writes the score as text
+(`Generative`). Both are trained by `training.fit` on a corpus of clips.
+
+In the order of the chapters: LoRA and its arithmetic, the last token, the head, the
+readout, the twin with its parser, saving and predicting.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from dataclasses import replace as altered
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mmsa_lib.corpora.clips import Clip
+from mmsa_lib.corpora.media import MediaConfig, clip_corpus
+from mmsa_lib.corpora.schema import Batch, Split
+from mmsa_lib.errors import ClipError, ConfigError, unknown
+from mmsa_lib.nets import omni
+from mmsa_lib.nets.omni import MODALITIES, Thinker, answer_loss
+from mmsa_lib.nets.output import Output
+
+SUFFIXES = (
+    *("q_proj", "k_proj", "v_proj", "o_proj"),
+    *("gate_proj", "up_proj", "down_proj"),
+)
+LOWEST, HIGHEST = -3.0, 3.0
+
+
+@dataclass(frozen=True)
+class ReadoutConfig:
+    """The paper's settings where they are known, ours elsewhere (chapter, table).
+
+    rank, alpha, lora_dropout, suffixes  of LoRA: Linear layers whose name ends so
+    freeze_towers  adapt the language model only
+    width, dropout  of the head's hidden layer (our name for the paper's 256)
+    ln             where the head's LayerNorm stands: "hidden" (after the first Linear
+                   layer) or "input" (before it); the paper's two witnesses disagree
+    pool           "last" real token, "mean" over real tokens, or "attention"
+    layer          whose output is read: -1 the last one, after its norm
+    loss           "l1", "mse" or "huber", on standardised labels
+    clip           clip predictions to [-3, 3] at evaluation
+    """
+
+    rank: int = 32
+    alpha: int = 32
+    lora_dropout: float = 0.1
+    suffixes: tuple[str, ...] = SUFFIXES
+    freeze_towers: bool = False
+    width: int = 256
+    dropout: float = 0.2
+    ln: str = "hidden"
+    pool: str = "last"
+    layer: int = -1
+    loss: str = "l1"
+    clip: bool = False
+
+    def __post_init__(self):
+        for name, known in (
+            ("ln", ("hidden", "input")),
+            ("pool", ("last", "mean", "attention")),
+            ("loss", ("l1", "mse", "huber")),
+        ):
+            if getattr(self, name) not in known:
+                raise unknown(name, str(getattr(self, name)), known)
+        if self.rank < 1 or self.width < 1:
+            raise ConfigError(
+                f"rank and width must be at least 1: {self.rank}, {self.width}"
+            )
+
+
+# --- LoRA -----------------------------------------------------------------------------
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Linear layers of a model by name, (in, out); works on the meta device."""
+    return {
+        name: (m.in_features, m.out_features)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear)
+    }
+
+
+def adapted(names: Iterable[str], suffixes: Sequence[str] = SUFFIXES) -> list[str]:
+    """The layers that LoRA adapts: those whose last name part is one of `suffixes`."""
+    return [n for n in names if n.rpartition(".")[2] in suffixes]
+
+
+def count_lora(
+    shapes: Mapping[str, tuple[int, int]],
+    suffixes: Sequence[str] = SUFFIXES,
+    rank: int = 32,
+) -> int:
+    """Parameters of LoRA on the matching layers: rank * (in + out) each.
+
+    `shapes` is what `linear_shapes` gives, (in, out) by name.
+    """
+    return rank * sum(sum(shapes[n]) for n in adapted(shapes, suffixes))
+
+
+def attach_lora(model: nn.Module, config: ReadoutConfig) -> nn.Module:
+    """The model wrapped by peft, base weights frozen, adapters in float32.
+
+    Raises `ConfigError` if no layer of the model has one of the suffixes.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    names = adapted(linear_shapes(model), config.suffixes)
+    if config.freeze_towers:
+        names = [n for n in names if "audio_tower" not in n and "visual" not in n]
+    if not names:
+        raise ConfigError(
+            f"no Linear layer ends with {', '.join(config.suffixes)}: LoRA would adapt "
+            "nothing"
+        )
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=names,
+        bias="none",
+    )
+    wrapped = get_peft_model(model, lora, autocast_adapter_dtype=True)
+    for name, p in wrapped.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.float()
+    return wrapped
+
+
+# --- the head -------------------------------------------------------------------------
+
+
+def last_index(mask: Tensor) -> Tensor:
+    """Place (B,) of the last real token in a mask (B, T), whichever side is padded.
+
+    The sum of the mask minus one is the same only without padding on the left. Raises
+    `ConfigError` for a row without a real token.
+    """
+    if not bool(mask.bool().any(1).all()):
+        rows = (~mask.bool().any(1)).nonzero().flatten().tolist()
+        raise ConfigError(f"rows {rows} of the mask have no real token")
+    places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return (mask.long() * places).argmax(1)
+
+
+class Regressor(nn.Module):
+    """The head h -> width -> 1: (B, h) -> (B, 1) in standardised units, float32."""
+
+    def __init__(self, hidden: int, config: ReadoutConfig):
+        super().__init__()
+        self.before = nn.LayerNorm(hidden) if config.ln == "input" else nn.Identity()
+        self.inner = nn.Linear(hidden, config.width)
+        self.after = (
+            nn.LayerNorm(config.width) if config.ln == "hidden" else nn.Identity()
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        self.outer = nn.Linear(config.width, 1)
+
+    def last(self, z: Tensor) -> Tensor:
+        """The input (B, width) of the final layer."""
+        return self.dropout(self.after(self.inner(self.before(z))).relu())
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.outer(self.last(z))
+
+
+class Pool(nn.Module):
+    """Hidden states (B, T, h) and their mask -> one vector (B, h) a sample."""
+
+    def __init__(self, how: str, hidden: int):
+        super().__init__()
+        self.how = how
+        self.query = nn.Linear(hidden, 1, bias=False) if how == "attention" else None
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        if self.how == "last":
+            rows = torch.arange(len(hidden), device=hidden.device)
+            return hidden[rows, last_index(mask)].float()
+        hidden, real = hidden.float(), mask[..., None]
+        if self.how == "mean":
+            return (hidden * real).sum(1) / real.sum(1)
+        weight = self.query(hidden).masked_fill(~real, -torch.inf).softmax(1)
+        return (weight * hidden).sum(1)
+
+
+class Scaler(nn.Module):
+    """Mean and standard deviation of training labels; kept with the weights."""
+
+    def __init__(self, labels=None):
+        super().__init__()
+        mean, sd = 0.0, 1.0
+        if labels is not None:
+            values = np.asarray(labels, dtype=np.float64)
+            mean, sd = float(values.mean()), float(values.std())
+            if not sd > 0:
+                raise ConfigError("the training labels are all equal: nothing to learn")
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
+        self.register_buffer("sd", torch.tensor(sd, dtype=torch.float32))
+
+    def scale(self, y: Tensor) -> Tensor:
+        """Labels -> standardised units."""
+        return (y - self.mean) / self.sd
+
+    def unscale(self, u: Tensor) -> Tensor:
+        """Standardised units -> labels."""
+        return u * self.sd + self.mean
+
+
+class Readout(nn.Module):
+    """Score a batch of clips from one forward pass, without vocabulary logits.
+
+    `body` is a `Thinker`, or any module that maps a batch to hidden states (B, T, h)
+    and a mask (B, T); then give its width as `hidden`. The body comes adapted (see
+    `discriminative`).
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        config: ReadoutConfig | None = None,
+        labels=None,
+        hidden: int | None = None,
+    ):
+        super().__init__()
+        self.config = config or ReadoutConfig()
+        self.body = body
+        hidden = hidden or body.width
+        self.pool = Pool(self.config.pool, hidden)
+        # never called "head": a suffix match for it would catch lm_head as well
+        self.regressor = Regressor(hidden, self.config)
+        self.scaler = Scaler(labels)
+
+    def hidden(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Hidden states (B, T, h) of the chosen layer and the mask (B, T)."""
+        if self.config.layer == -1:
+            return self.body(batch)
+        layers = self.body.base.model.language_model.layers
+        kept = []
+        hook = layers[self.config.layer].register_forward_hook(
+            lambda _m, _i, out: kept.append(out[0] if isinstance(out, tuple) else out)
+        )
+        try:
+            _, mask = self.body(batch)
+        finally:
+            hook.remove()
+        return kept[0], mask
+
+    def forward(self, batch: Batch) -> Output:
+        z = self.pool(*self.hidden(batch))
+        last = self.regressor.last(z)
+        y = self.scaler.unscale(self.regressor.outer(last))
+        if self.config.clip and not self.training:
+            y = y.clamp(LOWEST, HIGHEST)
+        return Output(predictions={"sentiment": y}, pooled=z, last=last)
+
+    def loss(self, output: Output, batch: Batch) -> Tensor:
+        """The configured loss on standardised labels, a mean over the batch."""
+        u = self.scaler.scale(output.predictions["sentiment"].float())
+        return _LOSSES[self.config.loss](
+            u, self.scaler.scale(batch.labels["sentiment"])
+        )
+
+
+_LOSSES = {
+    "l1": nn.functional.l1_loss,
+    "mse": nn.functional.mse_loss,
+    "huber": nn.functional.huber_loss,
+}
+
+
+def discriminative(
+    thinker: Thinker, config: ReadoutConfig | None = None, labels=None
+) -> Readout:
+    """LoRA on a loaded Thinker and a head on its last hidden state.
+
+    `labels` of the training split set the scaler. Wraps the Thinker's model in place.
+    """
+    config = config or ReadoutConfig()
+    thinker.model = attach_lora(thinker.model, config)
+    return Readout(thinker, config, labels)
+
+
+# --- the generative twin --------------------------------------------------------------
+
+
+def spell(score: float) -> str:
+    """The one format of a label as text: sign, digit, point, digit, such as +1.6."""
+    return f"{max(LOWEST, min(HIGHEST, float(score))):+.1f}".replace("-0.0", "+0.0")
+
+
+# an ASCII number that is not a piece of a longer word or number
+_NUMBER = re.compile(r"(?<![\w.,])[+\-\u2212]?(?:\d+(?:[.,]\d+)?|[.,]\d+)(?![\w])")
+
+
+def parse_score(text: str) -> float | None:
+    """The first number in an answer, or None. Never clips and never guesses.
+
+    A comma or a point may separate the decimals; words for numbers do not count.
+    """
+    found = _NUMBER.search(text)
+    if found is None:
+        return None
+    return float(found[0].replace("\u2212", "-").replace(",", "."))
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model wrote, and what could be read from it.
+
+    ids, texts  one a sample; `values` (n,) has NaN where nothing could be read
+    """
+
+    ids: list[str]
+    texts: list[str]
+    values: np.ndarray
+
+    @property
+    def unparsable(self) -> float:
+        """Share of answers without a number."""
+        return float(np.isnan(self.values).mean())
+
+    @property
+    def out_of_range(self) -> float:
+        """Share of answers whose number lies outside [-3, 3]."""
+        with np.errstate(invalid="ignore"):
+            return float((np.abs(self.values) > HIGHEST).mean())
+
+    def scores(self, otherwise: float) -> np.ndarray:
+        """Scores (n, 1): numbers clipped to the range, `otherwise` where none is."""
+        values = np.where(np.isnan(self.values), otherwise, self.values)
+        return values.clip(LOWEST, HIGHEST)[:, None]
+
+
+@dataclass
+class Spoken:
+    """Token cross-entropy (B,) of the written labels; no predictions in training."""
+
+    tokens: Tensor
+    predictions: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Generative(nn.Module):
+    """The twin: the same adapted Thinker, taught to write the label.
+
+    Calling it on a labelled batch gives the cross-entropy of the written labels;
+    `answer` lets it write.
+    """
+
+    def __init__(self, body: Thinker, config: ReadoutConfig | None = None, labels=None):
+        super().__init__()
+        self.config = config or ReadoutConfig()
+        self.body = body
+        self.scaler = Scaler(labels)
+
+    def forward(self, batch: Batch) -> Spoken:
+        labels = batch.labels["sentiment"].flatten().tolist()
+        return Spoken(answer_loss(self.body, batch, [spell(y) for y in labels]))
+
+    def loss(self, output: Spoken, batch: Batch) -> Tensor:
+        return output.tokens.mean()
+
+    @torch.inference_mode()
+    def answer(self, split: Split, batch_size: int = 8) -> Answers:
+        """Let the model write a score for every sample of a split."""
+        self.eval()
+        texts: list[str] = []
+        for batch in split.batches(batch_size):
+            texts += self.body.say(batch.to(self.body.device))
+        values = [parse_score(t) for t in texts]
+        found = np.array([math.nan if v is None else v for v in values])
+        return Answers(list(split.ids), texts, found)
+
+    def predict(self, split: Split, label: str = "sentiment") -> np.ndarray:
+        """Scores (n, 1); what cannot be read counts as the mean training label."""
+        if label != "sentiment":
+            raise unknown("label", label, ("sentiment",))
+        return self.answer(split).scores(float(self.scaler.mean))
+
+
+def generative(
+    thinker: Thinker, config: ReadoutConfig | None = None, labels=None
+) -> Generative:
+    """The same LoRA on a loaded Thinker, to be trained on written labels."""
+    config = config or ReadoutConfig()
+    thinker.model = attach_lora(thinker.model, config)
+    return Generative(thinker, config, labels)
+
+
+def writing(frozen):
+    """The frozen twin that `training.fit` chose, predicting by what it writes."""
+    module = frozen.module
+    return altered(frozen, predict=lambda split, label: module.predict(split, label))
+
+
+# --- saving and predicting ------------------------------------------------------------
+
+SETTINGS, HEAD = "readout.json", "regressor.safetensors"
+
+
+def save(
+    model: Readout,
+    folder: str | Path,
+    *,
+    backbone: str,
+    media: MediaConfig,
+) -> Path:
+    """Write the trained parts: a standard PEFT adapter, the head, the settings.
+
+    folder/adapter_config.json, adapter_model.safetensors   load with peft alone
+    folder/regressor.safetensors   head, pooling and label scaler
+    folder/readout.json            configuration, backbone, how clips are read
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    peft = model.body.model
+    name = "default"
+    peft.peft_config[name].base_model_name_or_path = backbone
+    peft.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty template
+    parts = {
+        k: v.detach().cpu().contiguous()
+        for k, v in model.state_dict().items()
+        if not k.startswith("body.")
+    }
+    temporary = folder / f".{os.getpid()}.part"
+    save_file(parts, temporary)
+    os.replace(temporary, folder / HEAD)
+    settings = {
+        "backbone": backbone,
+        "readout": asdict(model.config),
+        "media": asdict(media),
+        "modalities": list(model.body.modalities),
+    }
+    temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / SETTINGS)
+    return folder
+
+
+def load(
+    folder: str | Path,
+    *,
+    backbone: str | Path | None = None,
+    quantise: bool = True,
+    device: str = "auto",
+) -> tuple[Readout, MediaConfig]:
+    """A saved readout on its backbone, in eval mode, and how its clips are read.
+
+    backbone: another place of the same model than the one that was saved, such as a
+    local folder. Raises `ConfigError` when a part is missing or does not fit.
+    """
+    from peft import PeftModel
+
+    folder = Path(folder)
+    try:
+        settings = json.loads((folder / SETTINGS).read_text("utf-8"))
+        parts = load_file(folder / HEAD)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{folder} holds no readout: {Path(error.filename or '').name} is missing. "
+            "methods.readout.save or scripts/train_readout.py write one."
+        ) from None
+    kept = settings["readout"]
+    config = ReadoutConfig(**(kept | {"suffixes": tuple(kept["suffixes"])}))
+    thinker = omni.load(
+        backbone or settings["backbone"],
+        quantise=quantise,
+        device=device,
+        modalities=settings["modalities"],
+    )
+    thinker.model = PeftModel.from_pretrained(thinker.model, str(folder))
+    model = Readout(thinker, config)
+    wrong = model.load_state_dict(parts, strict=False)
+    missing = [k for k in wrong.missing_keys if not k.startswith("body.")]
+    if missing or wrong.unexpected_keys:
+        raise ConfigError(
+            f"{folder / HEAD} does not fit its settings: missing {missing}, unexpected "
+            f"{wrong.unexpected_keys}"
+        )
+    for part in (model.pool, model.regressor, model.scaler):
+        part.to(thinker.device)
+    return model.eval(), MediaConfig(**settings["media"])
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One clip's score, or why it has none."""
+
+    path: str
+    score: float | None
+    refused: str | None = None  # the reason, when `score` is None
+
+
+def predict(
+    paths: Sequence[str | Path],
+    model: str | Path | None = None,
+    *,
+    texts: Sequence[str] | None = None,
+    backbone: str | Path | None = None,
+    device: str = "auto",
+    batch_size: int = 4,
+) -> list[Prediction]:
+    """Score video files with a saved readout; unreadable ones are refused by reason.
+
+    model     folder that `save` wrote; default: the tiny readout of the package, which
+              knows puppets only
+    texts     a transcript for each file; without them the model sees and hears only
+    backbone  see `load`
+    """
+    paths = [Path(p) for p in paths]
+    if texts is not None and len(texts) != len(paths):
+        raise ConfigError(f"{len(paths)} clips but {len(texts)} transcripts")
+    readout, media = load(
+        model or omni.tiny_folder() / "readout", backbone=backbone, device=device
+    )
+    clips = [
+        Clip(
+            id=str(k),
+            path=path,
+            text=texts[k] if texts else "",
+            sentiment=0.0,
+            split="valid",
+            video_id="",
+            clip_id=str(k),
+        )
+        for k, path in enumerate(paths)
+    ]
+    refused: dict[str, str] = {}
+    try:
+        corpus = clip_corpus(clips, media, problems=refused)
+    except ClipError:
+        if len(refused) < len(clips):
+            raise
+        corpus = None
+    scores: dict[str, float] = {}
+    if corpus is not None:
+        with torch.inference_mode():
+            for batch in corpus["valid"].batches(batch_size):
+                y = readout(batch.to(readout.body.device)).predictions["sentiment"]
+                scores |= dict(zip(batch.ids, y.flatten().tolist(), strict=True))
+    return [
+        Prediction(str(path), scores.get(str(k)), refused.get(str(k)))
+        for k, path in enumerate(paths)
+    ]
+
+
+__all__ = [
+    "MODALITIES",
+    "SUFFIXES",
+    "Answers",
+    "Generative",
+    "Pool",
+    "Prediction",
+    "Readout",
+    "ReadoutConfig",
+    "Regressor",
+    "Scaler",
+    "Spoken",
+    "adapted",
+    "attach_lora",
+    "count_lora",
+    "discriminative",
+    "generative",
+    "last_index",
+    "linear_shapes",
+    "load",
+    "parse_score",
+    "predict",
+    "save",
+    "spell",
+    "writing",
+]
