@@ -13,16 +13,24 @@ core and about an hour; the result depends on the versions that the card names.
 
 from __future__ import annotations
 
+import argparse
+import hashlib
+import json
+import math
 import multiprocessing
+import shutil
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean as mean
 
 import make_puppet_clips as clips
-from safetensors.numpy import save_file
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
 
 from mmsa_lib.corpora import puppets
 from mmsa_lib.corpora.clips import decode
@@ -37,6 +45,10 @@ from mmsa_lib.corpora.media import (
     read_media,
 )
 from mmsa_lib.corpora.puppets import Scripts
+from mmsa_lib.corpora.schema import Batch
+from mmsa_lib.methods.readout import parse_score, spell
+from mmsa_lib.nets import omni
+from mmsa_lib.nets.omni import Thinker, answer_loss
 
 VERSION = "1"
 SEEDS = (101, 102, 103, 104)  # of the worlds; the clips of the package are of seed 0
@@ -156,7 +168,7 @@ def exchange(take: clips.Take, rng: np.random.Generator) -> tuple[str, str]:
 
 
 def train_tokenizer(texts: list[str]):
-    """Byte-level BPE with Qwen's splitting and special tokens, on the puppets' words."""
+    """Byte-level BPE, split and marked as Qwen's, on the puppets' words."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import Qwen2TokenizerFast
 
@@ -361,7 +373,7 @@ class Settings:
 
 
 def build(texts: list[clips.Take]) -> Thinker:
-    """A tokenizer trained on transcripts and exchanges, and a model with new weights."""
+    """A tokenizer trained on transcripts and exchanges, and a fresh model."""
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
     rng = np.random.default_rng(0)
