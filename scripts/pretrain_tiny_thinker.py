@@ -361,12 +361,12 @@ def check(
 class Settings:
     """How long to train on what."""
 
-    clips: int = 3200
+    clips: int = 2400
     texts: int = 20000
     held_out: int = 64
-    reading_steps: int = 2000
+    reading_steps: int = 1500
     reading_batch: int = 32
-    clip_steps: int = 2000
+    clip_steps: int = 3000
     clip_batch: int = 16
     rate: float = 1.5e-3
     seed: int = 0
