@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from dataclasses import replace as altered
@@ -134,7 +135,10 @@ def attach_lora(model: nn.Module, config: ReadoutConfig) -> nn.Module:
         target_modules=names,
         bias="none",
     )
-    wrapped = get_peft_model(model, lora, autocast_adapter_dtype=True)
+    with warnings.catch_warnings():
+        # peft asks the model by a name that transformers is about to give up
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*")
+        wrapped = get_peft_model(model, lora)
     for name, p in wrapped.named_parameters():
         if "lora_" in name:
             p.data = p.data.float()
@@ -481,7 +485,9 @@ def load(
         device=device,
         modalities=settings["modalities"],
     )
-    thinker.model = PeftModel.from_pretrained(thinker.model, str(folder))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*")
+        thinker.model = PeftModel.from_pretrained(thinker.model, str(folder))
     model = Readout(thinker, config)
     wrong = model.load_state_dict(parts, strict=False)
     missing = [k for k in wrong.missing_keys if not k.startswith("body.")]

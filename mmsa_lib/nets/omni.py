@@ -11,7 +11,9 @@ where they are needed.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -156,17 +158,20 @@ def load(
         options["quantization_config"] = nf4(compute, towers)
         options["device_map"] = {"": place}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
-        model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
-            where, **options
-        )
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(where)
+            model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
+                where, **options
+            )
     except OSError as error:
         raise ConfigError(
             f"no omni-modal model could be loaded from {str(source)!r}: {error}\nGive "
             f"{TINY!r}, the folder of a checkpoint, or a name on the hub "
             f"({', '.join(HUB)}) with a network or a filled cache."
         ) from error
-    if not quantise:
+    if quantise:
+        _keep_format(model)
+    else:
         model.to(place)
     return wrap(
         model,
@@ -175,6 +180,32 @@ def load(
         padding_side=padding_side,
         modalities=modalities,
     )
+
+
+def _keep_format(model) -> None:
+    """Stop bitsandbytes from repacking weights when a CPU layer is first evaluated.
+
+    Where a processor has AVX512-BF16 it would, with constants rounded to bfloat16: the
+    same model then gives other results before and after its first evaluation.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+
+
+@contextlib.contextmanager
+def _quiet():
+    """No progress bars where nobody watches."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def nf4(compute: str = "float32", towers: bool = True):
