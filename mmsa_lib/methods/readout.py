@@ -306,8 +306,8 @@ def spell(score: float) -> str:
     return f"{max(LOWEST, min(HIGHEST, float(score))):+.1f}".replace("-0.0", "+0.0")
 
 
-# an ASCII number that is not a piece of a longer word or number
-_NUMBER = re.compile(r"(?<![\w.,])[+\-\u2212]?(?:\d+(?:[.,]\d+)?|[.,]\d+)(?![\w])")
+# a number that is not a piece of a longer word or number: 1.1.1 is none
+_NUMBER = re.compile(r"(?<![\w.,])[+\-\u2212]?(?:\d+(?:[.,]\d+)?|[.,]\d+)(?!\w|[.,]\d)")
 
 
 def parse_score(text: str) -> float | None:

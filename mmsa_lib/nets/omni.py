@@ -12,6 +12,7 @@ where they are needed.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -195,17 +196,21 @@ def _keep_format(model) -> None:
 
 @contextlib.contextmanager
 def _quiet():
-    """No progress bars where nobody watches."""
-    from transformers.utils import logging
+    """No progress bars where nobody watches, and no advice about CPU kernels."""
+    from transformers.utils import logging as hub
 
-    shown = logging.is_progress_bar_enabled()
+    shown = hub.is_progress_bar_enabled()
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+        hub.disable_progress_bar()
+    kernels = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = kernels.level
+    kernels.setLevel(logging.ERROR)  # a kernel that only bfloat16 would use
     try:
         yield
     finally:
+        kernels.setLevel(level)
         if shown:
-            logging.enable_progress_bar()
+            hub.enable_progress_bar()
 
 
 def nf4(compute: str = "float32", towers: bool = True):
