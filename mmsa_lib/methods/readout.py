@@ -374,9 +374,6 @@ class Generative(nn.Module):
         labels = batch.labels["sentiment"].flatten().tolist()
         return Spoken(answer_loss(self.body, batch, [spell(y) for y in labels]))
 
-    def loss(self, output: Spoken, batch: Batch) -> Tensor:
-        return output.tokens.mean()
-
     @torch.inference_mode()
     def answer(self, split: Split, batch_size: int = 8) -> Answers:
         """Let the model write a score for every sample of a split."""
@@ -393,6 +390,11 @@ class Generative(nn.Module):
         if label != "sentiment":
             raise unknown("label", label, ("sentiment",))
         return self.answer(split).scores(float(self.scaler.mean))
+
+
+def token_loss(output: Spoken, batch: Batch) -> Tensor:
+    """The loss of the twin for `training.fit`: mean cross-entropy of written labels."""
+    return output.tokens.mean()
 
 
 def generative(
@@ -587,5 +589,7 @@ __all__ = [
     "predict",
     "save",
     "spell",
+    "standardised_loss",
+    "token_loss",
     "writing",
 ]
