@@ -53,7 +53,6 @@ class ReadoutConfig:
                    layer) or "input" (before it); the paper's two witnesses disagree
     pool           "last" real token, "mean" over real tokens, or "attention"
     layer          whose output is read: -1 the last one, after its norm
-    loss           "l1", "mse" or "huber", on standardised labels
     clip           clip predictions to [-3, 3] at evaluation
     """
 
@@ -67,14 +66,12 @@ class ReadoutConfig:
     ln: str = "hidden"
     pool: str = "last"
     layer: int = -1
-    loss: str = "l1"
     clip: bool = False
 
     def __post_init__(self):
         for name, known in (
             ("ln", ("hidden", "input")),
             ("pool", ("last", "mean", "attention")),
-            ("loss", ("l1", "mse", "huber")),
         ):
             if getattr(self, name) not in known:
                 raise unknown(name, str(getattr(self, name)), known)
@@ -271,19 +268,30 @@ class Readout(nn.Module):
             y = y.clamp(LOWEST, HIGHEST)
         return Output(predictions={"sentiment": y}, pooled=z, last=last)
 
-    def loss(self, output: Output, batch: Batch) -> Tensor:
-        """The configured loss on standardised labels, a mean over the batch."""
-        u = self.scaler.scale(output.predictions["sentiment"].float())
-        return _LOSSES[self.config.loss](
-            u, self.scaler.scale(batch.labels["sentiment"])
-        )
-
 
 _LOSSES = {
     "l1": nn.functional.l1_loss,
     "mse": nn.functional.mse_loss,
     "huber": nn.functional.huber_loss,
 }
+
+
+def standardised_loss(labels, kind: str = "l1"):
+    """The loss of a readout for `training.fit`, in units of the labels' deviation.
+
+    `labels` are the training labels, as for the readout itself; `kind` is "l1", "mse"
+    or "huber".
+    """
+    if kind not in _LOSSES:
+        raise unknown("loss", kind, _LOSSES)
+    scaler, distance = Scaler(labels), _LOSSES[kind]
+    mean, sd = float(scaler.mean), float(scaler.sd)
+
+    def loss(output: Output, batch: Batch) -> Tensor:
+        prediction, truth = output.predictions["sentiment"], batch.labels["sentiment"]
+        return distance((prediction.float() - mean) / sd, (truth - mean) / sd)
+
+    return loss
 
 
 def discriminative(
