@@ -266,11 +266,10 @@ def load_trained(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     wanted = trained_state(module).keys()
     missing, unexpected = sorted(wanted - state.keys()), sorted(state.keys() - wanted)
     if missing or unexpected:
+        lacks, extra = _shorten(missing) or "none", _shorten(unexpected) or "none"
         raise TrainingError(
-            "these weights are not the trained part of this model: missing "
-            f"{_shorten(missing) or 'none'}, unexpected "
-            f"{_shorten(unexpected) or 'none'}. Build the model as it was trained, with "
-            "the same parts frozen."
+            f"these are not the trained weights of this model: missing {lacks}; "
+            f"unexpected {extra}. Build it as it was trained, the same parts frozen."
         )
     module.load_state_dict(state, strict=False)  # what is frozen stays as it is
 
@@ -465,7 +464,7 @@ def _accelerator(config: TrainConfig):
     with warnings.catch_warnings():
         # a bar of widgets would be nicer, tqdm says at import; nobody asked for one
         warnings.filterwarnings("ignore", "IProgress not found")
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
         from accelerate.state import AcceleratorState, PartialState
 
     cpu = config.device == "cpu" or not torch.cuda.is_available()
@@ -478,6 +477,8 @@ def _accelerator(config: TrainConfig):
         mixed_precision=config.precision,
         gradient_accumulation_steps=config.accumulate,
         step_scheduler_with_optimizer=False,
+        # parts of a model may see no gradient: an absent modality's encoder
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
 
 
@@ -728,6 +729,7 @@ def weights_sha256(module: nn.Module) -> str:
 
 
 # ---------------------------------------------------------------- the evaluator
+
 
 @torch.inference_mode()
 def _mean_loss(module: nn.Module, split: Split, loss: Loss, config) -> float:
