@@ -224,6 +224,11 @@ class Split:
         return {m: r.width for m, r in self.features.items()}
 
     @property
+    def lengths(self) -> np.ndarray:
+        """(n,) int64, number of steps of each sample over all its modalities."""
+        return sum(ragged.lengths for ragged in self.features.values())
+
+    @property
     def labels(self) -> dict[str, np.ndarray]:
         self._refuse_if_sealed("labels")
         return self._labels
