@@ -51,7 +51,9 @@ from mmsa_lib.nets import omni
 from mmsa_lib.nets.omni import Thinker, answer_loss
 
 VERSION = "1"
-SEEDS = (101, 102, 103, 104)  # of the worlds; the clips of the package are of seed 0
+# of the worlds; the clips of the package are of seed 0
+CLIP_SEEDS = range(101, 105)
+TEXT_SEEDS = range(201, 217)
 MEDIA = MediaConfig(max_pixels=(3 * UNIT) ** 2)
 VOCABULARY = 640
 SPECIAL = {
@@ -68,24 +70,17 @@ SPECIAL = {
 # --- clips to learn from --------------------------------------------------------------
 
 
-def worlds() -> list[puppets.PuppetConfig]:
-    """The worlds of the shipped clips with other seeds."""
-    return [replace(world, seed=seed) for seed in SEEDS for world in clips.WORLDS]
-
-
-def takes(count: int) -> list[clips.Take]:
-    """The first scripts of each world, `count` in all."""
-    each = -(-count // len(worlds()))
+def takes(count: int, seeds: range) -> list[clips.Take]:
+    """Scripts of the shipped clips' worlds with other seeds, `count` in all."""
+    worlds = [replace(world, seed=seed) for seed in seeds for world in clips.WORLDS]
+    each = -(-count // len(worlds))
     found = []
-    for world in worlds():
+    for world in worlds:
         table = Scripts(world, "train")
         label = puppets._labels(table)["sentiment"][:, 0]
-        found += [
-            clips.Take(
-                table[i], float(label[i]), "train", clips._running_valence(table, i)
-            )
-            for i in range(each)
-        ]
+        for i in range(each):
+            running = clips._running_valence(table, i)
+            found.append(clips.Take(table[i], float(label[i]), "train", running))
     return found[:count]
 
 
@@ -104,7 +99,7 @@ def render(job: tuple[int, clips.Take, Path]) -> None:
 
 
 def render_all(count: int, folder: Path, jobs: int) -> list[clips.Take]:
-    chosen = takes(count)
+    chosen = takes(count, CLIP_SEEDS)
     folder.mkdir(parents=True, exist_ok=True)
     work = [(n, take, folder) for n, take in enumerate(chosen)]
     with multiprocessing.Pool(jobs) as pool:
@@ -407,7 +402,10 @@ def export(thinker: Thinker, folder: Path, facts: dict) -> None:
         "synthetic": True,
         "version": VERSION,
         "parameters": dict(sizes) | {"all": sum(sizes.values())},
-        "seeds_of_the_worlds": list(SEEDS),
+        "seeds_of_the_worlds": {
+            "clips": list(CLIP_SEEDS),
+            "texts": list(TEXT_SEEDS),
+        },
         "media": asdict(MEDIA),
         **facts,
     }
@@ -436,7 +434,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.work or Path(temporary)
         chosen = render_all(settings.clips, folder, given.jobs)
-        texts = takes(settings.texts)
+        texts = takes(settings.texts, TEXT_SEEDS)
         thinker = build(texts)
         log = pretrain(thinker, chosen, texts, folder, settings)
         checked = check(thinker, chosen[: settings.held_out], folder)
