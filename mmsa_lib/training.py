@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 
 from mmsa_lib.corpora.schema import Batch, Corpus, Receipt, Split
 from mmsa_lib.errors import SealedError, TrainingError, unknown
+from mmsa_lib.nets.ops import keep_4bit_format
 
 Loss = Callable[[object, Batch], Tensor]  # (Output, Batch) -> scalar
 
@@ -349,11 +350,7 @@ def fit(
     accelerator = _accelerator(config)
     seed_everything(config.seed)
     model = build()
-    for part in model.modules():
-        # bitsandbytes repacks 4-bit weights at the first evaluation on some CPUs: with
-        # loss of precision, and no gradient passes them after that
-        if hasattr(part, "support_avx512bf16_for_cpu"):
-            part.support_avx512bf16_for_cpu = False
+    keep_4bit_format(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise TrainingError("no parameter of the model requires a gradient")

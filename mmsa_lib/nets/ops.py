@@ -177,3 +177,14 @@ class _Attention(torch.autograd.Function):
 def _longest(x: Tensor) -> Tensor:
     """Largest squared length of the vectors in x (B, h, d, T)."""
     return x.square().sum(2).amax()
+
+
+def keep_4bit_format(module: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights when a CPU first evaluates them.
+
+    Where a processor has AVX512-BF16 it would, with constants rounded to bfloat16: the
+    same model then gives other results afterwards, and no gradient passes it.
+    """
+    for part in module.modules():
+        if hasattr(part, "support_avx512bf16_for_cpu"):
+            part.support_avx512bf16_for_cpu = False
