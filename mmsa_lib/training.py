@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 
 from mmsa_lib.corpora.schema import Batch, Corpus, Receipt, Split
 from mmsa_lib.errors import SealedError, TrainingError, unknown
+from mmsa_lib.methods.rule import Rule
 from mmsa_lib.nets.ops import keep_4bit_format
 
 Loss = Callable[[object, Batch], Tensor]  # (Output, Batch) -> scalar
@@ -92,36 +93,6 @@ class TrainConfig:
                 'device="cuda" was asked for but no GPU is visible. Use device="auto", '
                 "or install a CUDA build of torch (see README, GPU path)."
             )
-
-
-class Rule:
-    """Hooks around a step, for methods that change gradients or add loss terms.
-
-    Every hook may be left out. A rule with state implements `state_dict` and
-    `load_state_dict` (tensors and plain values), so that a killed run resumes exactly.
-    """
-
-    def setup(self, model: nn.Module, device: torch.device) -> None:
-        """Called once, after the model is on its device."""
-
-    def loss(self, output, batch: Batch, loss: Tensor) -> Tensor:
-        """Return the loss to differentiate, with this rule's terms added."""
-        return loss
-
-    def after_backward(self, model: nn.Module) -> None:
-        """Gradients of the whole step are there, unscaled and not yet clipped."""
-
-    def after_step(self, model: nn.Module) -> None:
-        """Called after the optimiser step."""
-
-    def epoch_end(self, row: dict) -> None:
-        """Add this rule's numbers to the history row of the epoch."""
-
-    def state_dict(self) -> dict:
-        return {}
-
-    def load_state_dict(self, state: Mapping) -> None:
-        pass
 
 
 @dataclass
