@@ -693,7 +693,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path):
         env=env,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     one = uneven_runs(2, tmp_path / "one")
