@@ -310,23 +310,36 @@ def discriminative(
 
 
 def spell(score: float) -> str:
-    """The one format of a label as text: sign, digit, point, digit, such as +1.6."""
+    """The one format of a label as text: sign, digit, point, digit, such as +1.6.
+
+    Clips to [-3, 3]. Raises `ConfigError` for NaN.
+    """
+    if math.isnan(score):
+        raise ConfigError("a label is NaN: there is nothing to write")
     return f"{max(LOWEST, min(HIGHEST, float(score))):+.1f}".replace("-0.0", "+0.0")
 
 
-# a number that is not a piece of a longer word or number: 1.1.1 is none
-_NUMBER = re.compile(r"(?<![\w.,])[+\-\u2212]?(?:\d+(?:[.,]\d+)?|[.,]\d+)(?!\w|[.,]\d)")
+_DASHES = r"+\-\u2212\u2010-\u2015\u00b1"
+# a number that is not a piece of a longer word or number: 1.1.1 is none. What could be
+# its sign is taken along, even where it stands apart or is a word.
+_NUMBER = re.compile(
+    rf"(?<![\w.,{_DASHES}])((?:[{_DASHES}]|\bminus\b|\bnegative\b)\s*)?"
+    r"(\d+(?:[.,]\d+)?|[.,]\d+)(?!\w|[.,]\d)",
+    re.IGNORECASE,
+)
 
 
 def parse_score(text: str) -> float | None:
     """The first number in an answer, or None. Never clips and never guesses.
 
-    A comma or a point may separate the decimals; words for numbers do not count.
+    A comma or a point may separate the decimals; words for numbers do not count. A
+    number whose sign is in doubt ("- 1.2", "minus 1.2") makes the answer unparsable.
     """
     found = _NUMBER.search(text)
-    if found is None:
+    if found is None or found[1] not in (None, "+", "-", "\u2212"):
         return None
-    return float(found[0].replace("\u2212", "-").replace(",", "."))
+    number = float(found[2].replace(",", "."))
+    return -number if found[1] in ("-", "\u2212") else number
 
 
 @dataclass(frozen=True)
