@@ -12,6 +12,7 @@ readout, the twin with its parser, saving and predicting.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -27,7 +28,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mmsa_lib.corpora.clips import Clip
+from mmsa_lib.corpora.clips import Clip, read_folder
 from mmsa_lib.corpora.media import MediaConfig, clip_corpus
 from mmsa_lib.corpora.schema import Batch, Split
 from mmsa_lib.errors import ClipError, ConfigError, unknown
@@ -436,10 +437,11 @@ def writing(frozen):
 # --- saving and predicting ------------------------------------------------------------
 
 SETTINGS, HEAD = "readout.json", "regressor.safetensors"
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def save(
-    model: Readout,
+    model: Readout | Generative,
     folder: str | Path,
     *,
     backbone: str,
@@ -449,7 +451,10 @@ def save(
 
     folder/adapter_config.json, adapter_model.safetensors   load with peft alone
     folder/regressor.safetensors   head, pooling and label scaler
-    folder/readout.json            configuration, backbone, how clips are read
+    folder/readout.json            configuration, backbone, how clips are read, and the
+                                   sha256 of the other parts
+
+    The twin has no head: its regressor.safetensors holds the scaler only.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -467,14 +472,21 @@ def save(
     save_file(parts, temporary)
     os.replace(temporary, folder / HEAD)
     settings = {
+        "kind": type(model).__name__.lower(),
         "backbone": backbone,
         "readout": asdict(model.config),
         "media": asdict(media),
         "modalities": list(model.body.modalities),
+        "sha256": {part: _sha256(folder / part) for part in (*ADAPTER, HEAD)},
     }
     temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, folder / SETTINGS)
     return folder
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load(
@@ -483,45 +495,59 @@ def load(
     backbone: str | Path | None = None,
     quantise: bool = True,
     device: str = "auto",
-) -> tuple[Readout, MediaConfig]:
-    """A saved readout on its backbone, in eval mode, and how its clips are read.
+) -> tuple[Readout | Generative, MediaConfig]:
+    """A saved readout (or twin) on its backbone, in eval mode; how its clips are read.
 
     backbone: another place of the same model than the one that was saved, such as a
-    local folder. Raises `ConfigError` when a part is missing or does not fit.
+    local folder. Raises `ConfigError` when a part is missing, damaged or does not fit.
     """
     from peft import PeftModel
 
     folder = Path(folder)
+    lacking = [n for n in (SETTINGS, HEAD, *ADAPTER) if not (folder / n).is_file()]
+    if lacking:
+        raise ConfigError(
+            f"{folder} holds no readout: {', '.join(lacking)} missing. "
+            "methods.readout.save or scripts/train_readout.py write one."
+        )
     try:
         settings = json.loads((folder / SETTINGS).read_text("utf-8"))
-        parts = load_file(folder / HEAD)
-    except FileNotFoundError as error:
+        damaged = [n for n, d in settings["sha256"].items() if _sha256(folder / n) != d]
+        kept = settings["readout"]
+        config = ReadoutConfig(**(kept | {"suffixes": tuple(kept["suffixes"])}))
+        media = MediaConfig(**settings["media"])
+        kind = {"readout": Readout, "generative": Generative}[settings["kind"]]
+        source, modalities = backbone or settings["backbone"], settings["modalities"]
+    except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(
-            f"{folder} holds no readout: {Path(error.filename or '').name} is missing. "
-            "methods.readout.save or scripts/train_readout.py write one."
-        ) from None
-    kept = settings["readout"]
-    config = ReadoutConfig(**(kept | {"suffixes": tuple(kept["suffixes"])}))
-    thinker = omni.load(
-        backbone or settings["backbone"],
-        quantise=quantise,
-        device=device,
-        modalities=settings["modalities"],
-    )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*")
-        thinker.model = PeftModel.from_pretrained(thinker.model, str(folder))
-    model = Readout(thinker, config)
-    wrong = model.load_state_dict(parts, strict=False)
-    missing = [k for k in wrong.missing_keys if not k.startswith("body.")]
-    if missing or wrong.unexpected_keys:
+            f"{folder / SETTINGS} is damaged or of another version "
+            f"({type(error).__name__}: {error}); save the readout again"
+        ) from error
+    if damaged:
         raise ConfigError(
-            f"{folder / HEAD} does not fit its settings: missing {missing}, unexpected "
-            f"{wrong.unexpected_keys}"
+            f"{', '.join(damaged)} in {folder}: not what was saved there, but damaged "
+            "or of another readout. Copy or save the whole folder again."
         )
-    for part in (model.pool, model.regressor, model.scaler):
-        part.to(thinker.device)
-    return model.eval(), MediaConfig(**settings["media"])
+    thinker = omni.load(source, quantise=quantise, device=device, modalities=modalities)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*")
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            thinker.model = PeftModel.from_pretrained(thinker.model, str(folder))
+        model = kind(thinker, config)
+        found = model.load_state_dict(load_file(folder / HEAD), strict=False)
+    except (RuntimeError, ValueError, UserWarning) as error:
+        raise ConfigError(
+            f"{folder} was not made for the backbone {source}: {error}"
+        ) from error
+    wrong = [k for k in found.missing_keys if not k.startswith("body.")]
+    wrong += found.unexpected_keys
+    if wrong:
+        raise ConfigError(f"{folder / HEAD} does not fit {SETTINGS}: {wrong}")
+    for name, part in model.named_children():
+        if name != "body":  # which is there, and 4-bit weights bear no second move
+            part.to(thinker.device)
+    return model.eval(), media
 
 
 @dataclass(frozen=True)
@@ -544,46 +570,88 @@ def predict(
 ) -> list[Prediction]:
     """Score video files with a saved readout; unreadable ones are refused by reason.
 
+    paths     files, or folders in MMSA-FET's layout: these stand for all their clips,
+              with the transcripts of their label.csv
     model     folder that `save` wrote; default: the tiny readout of the package, which
-              knows puppets only
+              has learned from the puppets' clips and knows nothing but puppets
     texts     a transcript for each file; without them the model sees and hears only
     backbone  see `load`
+
+    Raises `ConfigError` when the model cannot be loaded, or when there are not as many
+    texts as files.
     """
-    paths = [Path(p) for p in paths]
-    if texts is not None and len(texts) != len(paths):
-        raise ConfigError(f"{len(paths)} clips but {len(texts)} transcripts")
-    readout, media = load(
-        model or omni.tiny_folder() / "readout", backbone=backbone, device=device
-    )
-    clips = [
-        Clip(
-            id=str(k),
-            path=path,
-            text=texts[k] if texts else "",
-            sentiment=0.0,
-            split="valid",
-            video_id="",
-            clip_id=str(k),
-        )
-        for k, path in enumerate(paths)
-    ]
-    refused: dict[str, str] = {}
-    try:
-        corpus = clip_corpus(clips, media, problems=refused)
-    except ClipError:
-        if len(refused) < len(clips):
-            raise
-        corpus = None
+    clips, refused = _clips([Path(p) for p in paths], texts)
+    if model is None:
+        model = omni.tiny_folder() / "readout"
+        if not model.is_dir():
+            raise ConfigError(
+                "this installation lacks the tiny readout, the default model "
+                f"({model}). Name a model: the folder that methods.readout.save or "
+                "scripts/train_readout.py wrote."
+            )
+    reader, media = load(model, backbone=backbone, device=device)
     scores: dict[str, float] = {}
-    if corpus is not None:
-        with torch.inference_mode():
-            for batch in corpus["valid"].batches(batch_size):
-                y = readout(batch.to(readout.body.device)).predictions["sentiment"]
-                scores |= dict(zip(batch.ids, y.flatten().tolist(), strict=True))
-    return [
-        Prediction(str(path), scores.get(str(k)), refused.get(str(k)))
-        for k, path in enumerate(paths)
+    most = 8 * batch_size  # clips in memory at a time
+    for start in range(0, len(clips), most):
+        some = [c for c in clips[start : start + most] if c.id not in refused]
+        scores |= _scores(reader, some, media, batch_size, refused)
+    return [Prediction(str(c.path), scores.get(c.id), refused.get(c.id)) for c in clips]
+
+
+def _clips(paths: list[Path], texts: Sequence[str] | None):
+    """The clips of files and folders, ids 0, 1, ...; and those refused already."""
+    files = [p for p in paths if not p.is_dir()]
+    if texts is not None and len(texts) != len(files):
+        raise ConfigError(
+            f"{len(files)} files but {len(texts)} transcripts: give one for each file, "
+            "an empty one where nothing is known, or none at all"
+        )
+    words = iter(texts or [""] * len(files))
+    found: list[tuple[Path, str, str | None]] = []
+    for path in paths:
+        if not path.is_dir():
+            found.append((path, next(words), None))
+            continue
+        faults: dict[str, str] = {}
+        try:
+            found += [(c.path, c.text, None) for c in read_folder(path, faults)]
+        except ClipError as error:
+            faults = {"": str(error)}
+        found += [(path / row, "", why) for row, why in faults.items()]
+    clips = [
+        Clip(str(k), path, text, 0.0, "valid", video_id="", clip_id=str(k))
+        for k, (path, text, _) in enumerate(found)
     ]
+    return clips, {str(k): why for k, (*_, why) in enumerate(found) if why}
+
+
+def _scores(reader, clips: list[Clip], media, batch_size: int, refused: dict):
+    """Scores of the readable clips by id; the others enter `refused` with a reason."""
+    problems: dict[str, str] = {}
+    try:
+        split = clip_corpus(clips, media, problems=problems)["valid"]
+    except ClipError:
+        if len(problems) < len(clips):
+            raise
+        return {}
+    finally:
+        refused |= problems
+    scores: dict[str, float] = {}
+    if isinstance(reader, Generative):
+        answers = reader.answer(split, batch_size)
+        for i, text, value in zip(
+            answers.ids, answers.texts, answers.values.tolist(), strict=True
+        ):
+            if math.isnan(value):
+                refused[i] = f"the model wrote {text!r}, which holds no score"
+            else:
+                scores[i] = max(LOWEST, min(HIGHEST, value))
+        return scores
+    with torch.inference_mode():
+        for batch in split.batches(batch_size):
+            y = reader(batch.to(reader.body.device)).predictions["sentiment"]
+            scores |= dict(zip(batch.ids, y.flatten().tolist(), strict=True))
+    return scores
 
 
 __all__ = [
