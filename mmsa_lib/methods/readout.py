@@ -461,7 +461,8 @@ def save(
     peft = model.body.model
     name = "default"
     peft.peft_config[name].base_model_name_or_path = backbone
-    peft.save_pretrained(folder)
+    # the vocabulary is as it was: peft need not look for that on the hub
+    peft.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty template
     parts = {
         k: v.detach().cpu().contiguous()
