@@ -240,6 +240,12 @@ class Readout(nn.Module):
         super().__init__()
         self.config = config or ReadoutConfig()
         self.body = body
+        if self.config.layer != -1:
+            depth = len(body.base.model.language_model.layers)
+            if not -depth <= self.config.layer < depth:
+                raise ConfigError(
+                    f"layer {self.config.layer} of a language model with {depth} layers"
+                )
         hidden = hidden or body.width
         self.pool = Pool(self.config.pool, hidden)
         # never called "head": a suffix match for it would catch lm_head as well
@@ -262,9 +268,11 @@ class Readout(nn.Module):
         return kept[0], mask
 
     def forward(self, batch: Batch) -> Output:
-        z = self.pool(*self.hidden(batch))
-        last = self.regressor.last(z)
-        y = self.scaler.unscale(self.regressor.outer(last))
+        hidden, mask = self.hidden(batch)
+        with torch.autocast(hidden.device.type, enabled=False):  # the head is float32
+            z = self.pool(hidden, mask)
+            last = self.regressor.last(z)
+            y = self.scaler.unscale(self.regressor.outer(last))
         if self.config.clip and not self.training:
             y = y.clamp(LOWEST, HIGHEST)
         return Output(predictions={"sentiment": y}, pooled=z, last=last)
