@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -541,14 +542,22 @@ def load(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*")
-            warnings.filterwarnings("error", "Found missing adapter keys")
+            warnings.filterwarnings("ignore", "Found missing adapter keys")
             thinker.model = PeftModel.from_pretrained(thinker.model, str(folder))
         model = kind(thinker, config)
         found = model.load_state_dict(load_file(folder / HEAD), strict=False)
-    except (RuntimeError, ValueError, UserWarning) as error:
+    except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"{folder} was not made for the backbone {source}: {error}"
         ) from error
+    with safe_open(folder / ADAPTER[1], "pt") as adapter:
+        stored = len(adapter.keys())
+    wanted = sum("lora_" in name for name, _ in thinker.named_parameters())
+    if stored != wanted:  # peft is silent where the backbone has fewer layers
+        raise ConfigError(
+            f"{folder} was not made for the backbone {source}: it adapts with {stored} "
+            f"matrices, the backbone would have {wanted}"
+        )
     wrong = [k for k in found.missing_keys if not k.startswith("body.")]
     wrong += found.unexpected_keys
     if wrong:
