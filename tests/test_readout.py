@@ -1148,7 +1148,7 @@ def test_a_killed_training_gives_the_same_adapter(script, whole, options, tmp_pa
     more += [f"--out={tmp_path / 'out'}"]
     process = start([str(path), *options, *more])
     for line in process.stdout:
-        if line.startswith("epoch 1:"):
+        if line.startswith("epoch 2:"):  # said before its state is written
             process.send_signal(signal.SIGKILL)
             break
     process.wait(60)
@@ -1160,7 +1160,7 @@ def test_a_killed_training_gives_the_same_adapter(script, whole, options, tmp_pa
         patch.setattr(script, "say", lambda text: seen.append(text))
         assert script.main([*options, *more]) == 0
     epochs = [s.split(":")[0] for s in seen if s.startswith("epoch")]
-    assert epochs[0] != "epoch 1" and epochs[-1] == "epoch 3"  # it went on
+    assert epochs in (["epoch 2", "epoch 3"], ["epoch 3"])  # it went on
     for name, tensor in weights(tmp_path / "out").items():
         assert torch.equal(tensor, weights(whole)[name]), name
     assert curves(tmp_path / "out") == curves(whole)
@@ -1170,12 +1170,12 @@ def test_two_processes_equal_one_with_twice_the_accumulation(whole, options, tmp
     path = str(ROOT / "scripts" / "train_readout.py")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     process = start([*launch, path, *options, f"--out={tmp_path}"])
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err[-3000:]
     assert out.count("epoch 3:") == 1  # one of the two speaks
-    np.testing.assert_allclose(curves(tmp_path), curves(whole), atol=2e-5, rtol=0)
+    np.testing.assert_allclose(curves(tmp_path), curves(whole), atol=1.1e-5, rtol=0)
     for name, tensor in weights(tmp_path).items():
-        torch.testing.assert_close(tensor, weights(whole)[name], rtol=0, atol=1e-4)
+        torch.testing.assert_close(tensor, weights(whole)[name], rtol=0, atol=1e-5)
 
 
 def test_script_trains_the_twin_over_seeds(script, options, tmp_path, monkeypatch):

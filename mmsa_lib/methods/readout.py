@@ -511,8 +511,6 @@ def load(
     backbone: another place of the same model than the one that was saved, such as a
     local folder. Raises `ConfigError` when a part is missing, damaged or does not fit.
     """
-    from peft import PeftModel
-
     folder = Path(folder)
     lacking = [n for n in (SETTINGS, HEAD, *ADAPTER) if not (folder / n).is_file()]
     if lacking:
@@ -539,6 +537,8 @@ def load(
             "or of another readout. Copy or save the whole folder again."
         )
     thinker = omni.load(source, quantise=quantise, device=device, modalities=modalities)
+    from peft import PeftModel  # after `load`, which keeps what it imports quiet
+
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*")
