@@ -4,8 +4,9 @@
     python scripts/pretrain_tiny_thinker.py --work FOLDER  # keep what is rendered there
 
 The model reads puppet clips of worlds other than those that ship: other seeds, so other
-speakers and scripts. It learns to predict the next token of transcripts, and of answers
-to questions about clips: what the words, the voice and the face say, when the pitch is
+speakers and scripts. First its towers learn to follow face and voice through time, then
+the language model predicts the next token of transcripts, and then of answers to
+questions about clips: what the words, the voice and the face say, when the pitch is
 lifted and when the smile comes, whether the speaker means it. Nobody asks it here for
 the sentiment of a clip, so that the book's question is new to it. Needs espeak-ng, a
 core and about an hour; the result depends on the versions that the card names.
@@ -51,7 +52,9 @@ from mmsa_lib.nets import omni
 from mmsa_lib.nets.omni import Thinker, answer_loss
 
 VERSION = "1"
-SEEDS = (101, 102, 103, 104)  # of the worlds; the clips of the package are of seed 0
+# of the worlds; the clips of the package are of seed 0
+CLIP_SEEDS = range(101, 105)
+TEXT_SEEDS = range(201, 217)
 MEDIA = MediaConfig(max_pixels=(3 * UNIT) ** 2)
 VOCABULARY = 640
 SPECIAL = {
@@ -68,24 +71,17 @@ SPECIAL = {
 # --- clips to learn from --------------------------------------------------------------
 
 
-def worlds() -> list[puppets.PuppetConfig]:
-    """The worlds of the shipped clips with other seeds."""
-    return [replace(world, seed=seed) for seed in SEEDS for world in clips.WORLDS]
-
-
-def takes(count: int) -> list[clips.Take]:
-    """The first scripts of each world, `count` in all."""
-    each = -(-count // len(worlds()))
+def takes(count: int, seeds: range) -> list[clips.Take]:
+    """Scripts of the shipped clips' worlds with other seeds, `count` in all."""
+    worlds = [replace(world, seed=seed) for seed in seeds for world in clips.WORLDS]
+    each = -(-count // len(worlds))
     found = []
-    for world in worlds():
+    for world in worlds:
         table = Scripts(world, "train")
         label = puppets._labels(table)["sentiment"][:, 0]
-        found += [
-            clips.Take(
-                table[i], float(label[i]), "train", clips._running_valence(table, i)
-            )
-            for i in range(each)
-        ]
+        for i in range(each):
+            running = clips._running_valence(table, i)
+            found.append(clips.Take(table[i], float(label[i]), "train", running))
     return found[:count]
 
 
@@ -104,7 +100,7 @@ def render(job: tuple[int, clips.Take, Path]) -> None:
 
 
 def render_all(count: int, folder: Path, jobs: int) -> list[clips.Take]:
-    chosen = takes(count)
+    chosen = takes(count, CLIP_SEEDS)
     folder.mkdir(parents=True, exist_ok=True)
     work = [(n, take, folder) for n, take in enumerate(chosen)]
     with multiprocessing.Pool(jobs) as pool:
@@ -261,6 +257,61 @@ def reading_loss(thinker: Thinker, some: list[clips.Take]) -> torch.Tensor:
     return read + rated.mean()
 
 
+# --- the towers, as Whisper's and CLIP's are trained before they meet a language model
+
+
+def tower_targets(take: clips.Take, arrays: dict, m: str) -> torch.Tensor:
+    """What face or voice shows at each time step of its tower, (T, 3) in label points.
+
+    What it says of sentiment, how strong the cue of sarcasm is, and how aroused it is.
+    """
+    when = clips.timing(take.script)
+    if m == "vision":
+        steps = int(arrays["grid"][0])
+        times = (np.arange(steps) + 0.25) * float(arrays["pace"][0])
+    else:
+        steps = ((len(arrays["audio"]) - 1) // 2 - 1) // 2 + 1
+        times = (np.arange(steps) + 0.5) / 25
+    tracks, cues = clips.tracks(take, when), clips.cues(take.script, when)
+    rows = [
+        np.interp(times, when.times, tracks[m]),
+        np.interp(times, when.times, 2 * cues["smile" if m == "vision" else "lift"]),
+        np.full(steps, take.script.arousal),
+    ]
+    return torch.tensor(np.stack(rows, 1), dtype=torch.float32)
+
+
+def tower_loss(
+    thinker: Thinker,
+    probes: torch.nn.ModuleDict,
+    rows: list[int],
+    chosen: list[clips.Take],
+    folder: Path,
+) -> torch.Tensor:
+    """Mean squared errors (2, 3) of linear probes on the outputs of both towers."""
+    arrays = [load_file(folder / f"{i:05d}.safetensors") for i in rows]
+    inputs = thinker.inputs(batch_of(rows, chosen, folder))
+    inner = thinker.model.model
+    seen = inner.get_video_features(
+        inputs["pixel_values_videos"], inputs["video_grid_thw"]
+    ).pooler_output
+    grids = inputs["video_grid_thw"].tolist()
+    seen = [
+        x.view(t, -1, x.shape[-1]).mean(1)
+        for x, (t, _, _) in zip(seen, grids, strict=True)
+    ]
+    heard = inner.get_audio_features(
+        inputs["input_features"], inputs["feature_attention_mask"]
+    ).last_hidden_state
+    errors = []
+    for m, x in (("vision", torch.cat(seen)), ("audio", heard)):
+        truth = [
+            tower_targets(chosen[i], a, m) for i, a in zip(rows, arrays, strict=True)
+        ]
+        errors.append((probes[m](x) - torch.cat(truth)).square().mean(0))
+    return torch.stack(errors)
+
+
 def schedule(total: int, optimiser, rate: float):
     """Step numbers; linear warm-up over 5 % of them, then a cosine to a tenth."""
     for step in range(total):
@@ -278,7 +329,7 @@ def pretrain(
     folder: Path,
     settings: Settings,
 ) -> list[dict]:
-    """First reading alone, then clips; returns the mean losses along the way."""
+    """The towers, then reading, then clips; returns the mean losses along the way."""
     rng = np.random.default_rng(settings.seed)
     torch.manual_seed(settings.seed)
     model = thinker.model
@@ -300,6 +351,16 @@ def pretrain(
             losses.clear()
             print(log[-1], flush=True)
 
+    total = settings.tower_steps
+    train_rows = np.arange(settings.held_out, len(chosen))
+    probes = torch.nn.ModuleDict(
+        {m: torch.nn.Linear(thinker.width, 3) for m in ("vision", "audio")}
+    )
+    optimiser.add_param_group({"params": list(probes.parameters())})
+    for step in schedule(total, optimiser, settings.rate):
+        rows = rng.choice(train_rows, settings.clip_batch).tolist()
+        loss = tower_loss(thinker, probes, rows, chosen, folder).sum()
+        learn(loss, "towers", step, total)
     total = settings.reading_steps
     for step in schedule(total, optimiser, settings.rate):
         rows = rng.choice(len(texts), settings.reading_batch)
@@ -364,9 +425,10 @@ class Settings:
     clips: int = 2400
     texts: int = 20000
     held_out: int = 64
-    reading_steps: int = 1500
+    tower_steps: int = 1200
+    reading_steps: int = 2000
     reading_batch: int = 32
-    clip_steps: int = 3000
+    clip_steps: int = 2000
     clip_batch: int = 16
     rate: float = 1.5e-3
     seed: int = 0
@@ -407,7 +469,10 @@ def export(thinker: Thinker, folder: Path, facts: dict) -> None:
         "synthetic": True,
         "version": VERSION,
         "parameters": dict(sizes) | {"all": sum(sizes.values())},
-        "seeds_of_the_worlds": list(SEEDS),
+        "seeds_of_the_worlds": {
+            "clips": list(CLIP_SEEDS),
+            "texts": list(TEXT_SEEDS),
+        },
         "media": asdict(MEDIA),
         **facts,
     }
@@ -436,7 +501,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.work or Path(temporary)
         chosen = render_all(settings.clips, folder, given.jobs)
-        texts = takes(settings.texts)
+        texts = takes(settings.texts, TEXT_SEEDS)
         thinker = build(texts)
         log = pretrain(thinker, chosen, texts, folder, settings)
         checked = check(thinker, chosen[: settings.held_out], folder)
