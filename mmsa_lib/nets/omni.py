@@ -479,7 +479,8 @@ def nf4_bytes(shapes: Mapping[str, Sequence[int]], skip: Sequence[str] = KEEP) -
     total = 0.0
     for name, shape in shapes.items():
         n = math.prod(shape)
-        matrix = len(shape) == 2 and "embed" not in name
+        table = "embed" in name or "audio_bos_eos" in name  # no product, no Linear
+        matrix = len(shape) == 2 and not table
         if matrix and not any(name.startswith(s) for s in skip):
             total += n / 2 + n / 64 + 4 * n / (64 * 256)
         else:
