@@ -375,16 +375,20 @@ class Thinker(nn.Module):
         """Refuse what the model cannot read, by name."""
         if not len(batch):
             raise ConfigError("the batch is empty")
-        if "vision" in batch.features and "grid" not in batch.extras:
+        used = [m for m in ("vision", "audio") if self._uses(m, batch)]
+        if used and "grid" not in batch.extras:
             raise ConfigError(
                 "this corpus holds features, not clips: an omni-modal model reads raw "
                 'video and sound. Use corpora.load("puppet-clips") or "clips".'
             )
-        used = [m for m in self.modalities if m in batch.features]
-        if not used and ("text" not in self.modalities or batch.raw_text is None):
-            raise ConfigError(
-                f"the batch has none of the modalities {', '.join(self.modalities)}"
-            )
+        if "text" not in self.modalities or batch.raw_text is None:
+            count = zip(*self._places(batch).values(), strict=True)
+            empty = [i for i, n in zip(batch.ids, count, strict=True) if not any(n)]
+            if empty:
+                raise ConfigError(
+                    f"nothing of {', '.join(self.modalities)} is there in "
+                    f"{', '.join(empty[:5])}"
+                )
         for m in used:
             bad = ~torch.isfinite(batch.features[m]).flatten(1).all(1)
             if bad.any():
