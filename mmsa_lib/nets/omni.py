@@ -227,7 +227,8 @@ def wrap(
     """A `Thinker` around a model that is already built; its weights are frozen."""
     model.requires_grad_(False)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        settings = {"use_reentrant": False}
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     return Thinker(model.eval(), tokenizer, padding_side, modalities)
 
 
