@@ -1,5 +1,6 @@
 """The Thinker reads what the real processor reads, however its samples are padded."""
 
+import importlib.util
 import json
 import math
 import re
@@ -807,3 +808,79 @@ def test_memory_of_the_7b(full):
     words, width = full.lm_head.weight.shape
     assert round(2 * words * 2000 / 1e9, 2) == 0.61
     assert round(2 * words * width / 1e9, 2) == 1.09
+
+
+# --- the benchmark of the full size ---------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    path = ROOT / "benchmarks" / "omni_7b.py"
+    spec = importlib.util.spec_from_file_location("omni_7b", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@torch.no_grad()
+def test_benchmark_builds_what_loading_gives(benchmark, tokenizer, quantised, batch):
+    """Same layers, types and tables; only the weights' values are drawn."""
+    torch.manual_seed(1)
+    config = benchmark.configuration("tiny", tokenizer)
+    model = benchmark.build(config, torch.device("cpu"), "float32")
+
+    def facts(model):
+        return {
+            name: (type(p), p.shape, p.dtype, p.device, p.requires_grad)
+            for name, p in [*model.named_parameters(), *model.named_buffers()]
+        }
+
+    assert facts(model) == facts(quantised.model)
+    built, loaded = (dict(m.named_modules()) for m in (model, quantised.model))
+    assert {n: type(m) for n, m in built.items()} == {
+        n: type(m) for n, m in loaded.items()
+    }
+    for name, buffer in quantised.model.named_buffers():
+        assert (model.get_buffer(name) == buffer).all()  # rotations, sinusoids
+    thinker = omni.wrap(model, tokenizer)
+    assert thinker(batch)[0].std() == pytest.approx(1, abs=0.2)  # after an RMS norm
+    assert benchmark.weight_bytes(model) == benchmark.weight_bytes(quantised.model)
+    full = benchmark.configuration("7b", tokenizer)
+    assert full.video_token_index == config.video_token_index
+    assert full.text_config.hidden_size == 3584
+
+
+def test_benchmark_runs_on_the_tiny_one(benchmark, folder, tmp_path):
+    threads = torch.get_num_threads()
+    try:
+        benchmark.main(
+            ["--size", "tiny", "--repeats", "1", "--frames", "2", "--batch", "1", "2"]
+            + ["--tokenizer", str(folder), "--out", str(tmp_path)]
+        )
+    finally:
+        torch.set_num_threads(threads)
+    (path,) = tmp_path.glob("omni-tiny-*.json")
+    record = json.loads(path.read_text())
+    weights, claimed, *rows = record["rows"]
+    assert record["parameters"]["synthetic"] and record["parameters"]["size"] == "tiny"
+    assert weights["lora_percent"] > 1 and weights["answer_tokens"] >= 4
+    assert claimed["given"] and claimed["peak_gb"] == 10.78
+    assert (claimed["read_s_a_sample"], claimed["write_s_a_sample"]) == (1.14, 1.47)
+    assert [(r["what"], r["batch"], r.get("checkpointing")) for r in rows] == [
+        (what, size, on)
+        for size in (1, 2)
+        for what, on in (
+            ("answers", None),
+            ("training step", False),
+            ("training step", True),
+        )
+    ]
+    for row in rows:
+        assert row["read_s_median"] > 0 and row["write_over_read"] > 0
+        each = row["read_s_median"] / row["batch"]
+        assert row["read_s_a_sample"] == pytest.approx(each, abs=1e-3)
+        assert row["read_peak_gib"] is None  # no GPU, no number
+        assert min(row["tokens"].values()) > 0
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            benchmark.main(["--dry"])
