@@ -7,6 +7,7 @@ of the clip and the settings, so a clip is decoded once whatever happens to its 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from mmsa_lib.corpora import clips as clip_files
 from mmsa_lib.corpora.clips import LONGEST, Clip, Media, decode
@@ -184,30 +185,33 @@ def _key(path: Path, config: MediaConfig) -> str:
 
 def _read(path: Path, config: MediaConfig, cache: Path | None, key: str):
     """From the cache if it is there, else decoded and entered; a `_Cached` or arrays"""
+
+    def made():
+        return read_media(decode(path, config.frames, RATE, config.longest), config)
+
     if cache is None:
-        media = decode(path, config.frames, RATE, config.longest)
-        return read_media(media, config)
+        return made()
     file = cache / f"{key}.safetensors"
-    if not file.is_file():
-        media = decode(path, config.frames, RATE, config.longest)
-        _write(read_media(media, config), file)
-    try:
+    # absent, or cut short by a full disk: make it
+    with contextlib.suppress(SafetensorError, OSError):
         return _facts(file)
-    except (SafetensorError, OSError):  # cut short by a full disk: make it again
-        file.unlink(missing_ok=True)
-        return _read(path, config, cache, key)
+    _write(made(), file)
+    return _facts(file)
 
 
 def _write(arrays: dict[str, np.ndarray], file: Path) -> None:
+    """Whole or not at all. Raises `CorpusError`: the cache is at fault, not the clip"""
     temporary = file.with_suffix(f".{os.getpid()}.{id(arrays)}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, temporary)
+        temporary.write_bytes(save(arrays))
         os.replace(temporary, file)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        why = disk_remedy(error, file) if isinstance(error, OSError) else f"{error}"
-        raise CorpusError(f"could not write the clip cache {file}: {why}") from error
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise CorpusError(
+            f"could not write the clip cache {file}: {disk_remedy(error, file)}"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -329,7 +333,7 @@ def clip_corpus(
             version=VERSION,
             modalities=_modality_facts(splits),
             splits=_split_facts(splits),
-            sha256=_fingerprint(splits, usable),
+            sha256=_fingerprint(usable),
             options=asdict(config),
             **(facts | (card or {})),
         ),
@@ -370,7 +374,7 @@ def _split(name: str, rows: list[tuple]) -> Split:
     )
 
 
-def _fingerprint(splits: dict[str, Split], usable: list[tuple]) -> str:
+def _fingerprint(usable: list[tuple]) -> str:
     """sha256 over ids, transcripts, labels and content addresses; opens no clip."""
     digest = hashlib.sha256()
     for clip, key, _ in sorted(usable, key=lambda u: u[0].id):

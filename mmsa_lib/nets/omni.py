@@ -20,6 +20,7 @@ from importlib import resources
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mmsa_lib.corpora.media import MERGE
@@ -29,6 +30,7 @@ from mmsa_lib.nets.ops import keep_4bit_format
 
 TINY = "tiny"  # the name of the embedded model
 HUB = ("Qwen/Qwen2.5-Omni-7B", "Qwen/Qwen2.5-Omni-3B")
+KINDS = ("qwen2_5_omni", "qwen2_5_omni_thinker")  # with the Talker, and without
 MODALITIES = ("text", "vision", "audio")
 SYSTEM = "You judge how people feel."
 QUESTION = "How positive or negative is the speaker? Answer from -3.0 to +3.0."
@@ -147,6 +149,7 @@ def load(
     """
     from transformers import (
         AutoTokenizer,
+        Qwen2_5OmniThinkerConfig,
         Qwen2_5OmniThinkerForConditionalGeneration,
     )
 
@@ -155,22 +158,37 @@ def load(
     if compute not in DTYPES:
         raise unknown("compute precision", compute, DTYPES)
     where = str(tiny_folder()) if str(source) == TINY else str(source)
+    local = Path(where).is_dir() or not _hub_answers()
     options: dict = {"dtype": DTYPES[compute]}
     if quantise:
         options["quantization_config"] = nf4(compute, towers)
         options["device_map"] = {"": place}
     try:
-        with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(where)
-            model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
-                where, **options
+        about, _ = Qwen2_5OmniThinkerConfig.get_config_dict(
+            where, local_files_only=local
+        )
+        # transformers would build a random 7B for any other kind
+        if (kind := about.get("model_type")) not in KINDS:
+            raise ConfigError(
+                f"{str(source)!r} holds a model of type {kind or 'unknown'} in its "
+                f"config.json, expected {' or '.join(KINDS)}"
             )
-    except OSError as error:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=local)
+            model, found = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
+                where, local_files_only=local, output_loading_info=True, **options
+            )
+    except (OSError, SafetensorError) as error:
         raise ConfigError(
             f"no omni-modal model could be loaded from {str(source)!r}: {error}\nGive "
             f"{TINY!r}, the folder of a checkpoint, or a name on the hub "
             f"({', '.join(HUB)}) with a network or a filled cache."
         ) from error
+    if missing := sorted(found["missing_keys"]):
+        raise ConfigError(
+            f"{str(source)!r} lacks {len(missing)} weights of a Thinker, such as "
+            f"{missing[0]}: it is incomplete, or another kind of model"
+        )
     if quantise:
         keep_4bit_format(model)
     else:
@@ -182,6 +200,17 @@ def load(
         padding_side=padding_side,
         modalities=modalities,
     )
+
+
+def _hub_answers() -> bool:
+    """Ask once: without a network the hub's own client tries for most of a minute."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # each version of the client has its own errors
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -224,10 +253,26 @@ def wrap(
     padding_side: str = "left",
     modalities: Sequence[str] = MODALITIES,
 ) -> Thinker:
-    """A `Thinker` around a model that is already built; its weights are frozen."""
+    """A `Thinker` around a model that is already built; its weights are frozen.
+
+    Raises `ConfigError` if the tokenizer's marks are not those of the model.
+    """
+    marks = {
+        "<|AUDIO|>": model.config.audio_token_index,
+        "<|VIDEO|>": model.config.video_token_index,
+        "<|audio_bos|>": model.config.audio_start_token_id,
+        "<|vision_bos|>": model.config.vision_start_token_id,
+    }
+    for mark, expected in marks.items():
+        if tokenizer.convert_tokens_to_ids(mark) != expected:
+            raise ConfigError(
+                f"token {expected} of the model is {mark}, but not of its tokenizer: "
+                "the files of the tokenizer are missing or another model's"
+            )
     model.requires_grad_(False)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        settings = {"use_reentrant": False}
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     return Thinker(model.eval(), tokenizer, padding_side, modalities)
 
 
@@ -375,16 +420,20 @@ class Thinker(nn.Module):
         """Refuse what the model cannot read, by name."""
         if not len(batch):
             raise ConfigError("the batch is empty")
-        if "vision" in batch.features and "grid" not in batch.extras:
+        used = [m for m in ("vision", "audio") if self._uses(m, batch)]
+        if used and "grid" not in batch.extras:
             raise ConfigError(
                 "this corpus holds features, not clips: an omni-modal model reads raw "
                 'video and sound. Use corpora.load("puppet-clips") or "clips".'
             )
-        used = [m for m in self.modalities if m in batch.features]
-        if not used and ("text" not in self.modalities or batch.raw_text is None):
-            raise ConfigError(
-                f"the batch has none of the modalities {', '.join(self.modalities)}"
-            )
+        if "text" not in self.modalities or batch.raw_text is None:
+            count = zip(*self._places(batch).values(), strict=True)
+            empty = [i for i, n in zip(batch.ids, count, strict=True) if not any(n)]
+            if empty:
+                raise ConfigError(
+                    f"nothing of {', '.join(self.modalities)} is there in "
+                    f"{', '.join(empty[:5])}"
+                )
         for m in used:
             bad = ~torch.isfinite(batch.features[m]).flatten(1).all(1)
             if bad.any():
@@ -479,7 +528,8 @@ def nf4_bytes(shapes: Mapping[str, Sequence[int]], skip: Sequence[str] = KEEP) -
     total = 0.0
     for name, shape in shapes.items():
         n = math.prod(shape)
-        matrix = len(shape) == 2 and "embed" not in name
+        table = "embed" in name or "audio_bos_eos" in name  # no product, no Linear
+        matrix = len(shape) == 2 and not table
         if matrix and not any(name.startswith(s) for s in skip):
             total += n / 2 + n / 64 + 4 * n / (64 * 256)
         else:
