@@ -854,8 +854,21 @@ def test_benchmark_runs_on_the_tiny_one(benchmark, folder, tmp_path):
     threads = torch.get_num_threads()
     try:
         benchmark.main(
-            ["--size", "tiny", "--repeats", "1", "--frames", "2", "--batch", "1", "2"]
-            + ["--tokenizer", str(folder), "--out", str(tmp_path)]
+            [
+                "--size",
+                "tiny",
+                "--repeats",
+                "1",
+                "--frames",
+                "2",
+                "--batch",
+                "1",
+                "2",
+                "--tokenizer",
+                str(folder),
+                "--out",
+                str(tmp_path),
+            ]
         )
     finally:
         torch.set_num_threads(threads)
