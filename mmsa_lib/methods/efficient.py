@@ -4,7 +4,9 @@ Each builder takes a `LateFusion` and one size, and returns a model in which the
 and a few new parameters train: a bottleneck adapter, LoRA (through peft), prompts,
 LMF-style and concatenating fusion; and the two ends of the scale, the head alone and
 everything. `size_for` finds the size at which a builder trains as many parameters as
-another method. All but the prompts start as the backbone itself. Used in the chapter "Wander".
+another method. All but the prompts start as the backbone itself.
+
+Used in the chapter "Wander".
 """
 
 from __future__ import annotations
