@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from toy import toy_corpus
 
-from mmsa_lib.corpora.schema import Batch
+from mmsa_lib.corpora import store
+from mmsa_lib.corpora.schema import Batch, Card, Ragged, Split, make_corpus
 from mmsa_lib.errors import ConfigError, CorpusError, TrainingError, UnknownNameError
 from mmsa_lib.methods import efficient
 from mmsa_lib.methods.wander import (
@@ -30,6 +33,7 @@ from mmsa_lib.methods.wander import (
     trained,
 )
 from mmsa_lib.nets import EarlyFusion, FusionConfig, LateFusion, count_parameters
+from mmsa_lib.press.chapters import read_chapter
 from mmsa_lib.training import TrainConfig, evaluate, fit
 
 NAMES = ("text", "audio", "vision", "pose", "gaze", "hands", "heart")
@@ -334,6 +338,31 @@ def test_08_append_one_keeps_lower_orders():
         model.down["audio"].bias.zero_()  # GELU(0) = 0, so Z_audio = 0
         F_ = model.fuse(hidden, masks)
         assert (F_.abs().max() > 0) == append_one
+
+
+class Largest(TorchDispatchMode):
+    """The most entries that any tensor had."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(t, torch.Tensor):
+                self.numel = max(self.numel, t.numel())
+        return out
+
+
+def test_no_product_of_modalities_is_ever_built():
+    largest = {}
+    for M in (2, 7):
+        hidden, masks = hidden_states(M, lengths=(6,) * 7)
+        with Largest() as seen:
+            adapter(M).fuse(hidden, masks).sum().backward()
+        largest[M] = seen.numel
+    c = SMALL
+    factor = 2 * c.token_rank * c.feature_rank * c.out_tokens * 8  # B ... d
+    assert largest[2] == largest[7] <= max(factor, c.token_rank * c.max_len * 8)
 
 
 MOSI = dict.fromkeys(NAMES[:3], 50)
@@ -722,3 +751,63 @@ def test_the_module_says_that_the_copies_are_second_hand():
     text = re.sub(r"\s+", " ", wander.__doc__)
     assert "authors' repository was not available" in text
     assert "two public hand copies" in text
+
+
+# ---------------------------------------------------------------- the chapter
+
+
+def class_corpus(name, widths, classes, tmp_path):
+    """A small made-up corpus with class labels, stored as a downloader would."""
+    rng = np.random.default_rng(0)
+    splits = {}
+    for split, n in (("train", 40), ("valid", 12), ("test", 12)):
+        y = np.arange(n) % classes
+        features = {
+            m: Ragged.from_list(
+                [rng.normal(size=(rng.integers(1, 6), d)) + y[i] for i in range(n)]
+            )
+            for m, d in widths.items()
+        }
+        ids = [f"{split}-{i}" for i in range(n)]
+        splits[split] = Split(split, ids, features, {"class": y})
+    card = Card(name, "made up", "tests", "none", synthetic=True)
+    return store.write(make_corpus(card, splits), tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "widths", "classes"),
+    [
+        ("food101", {"vision": 12, "text": 16}, 5),
+        ("iemocap", {"text": 10, "audio": 6, "vision": 8}, 4),
+    ],
+)
+def test_the_chapter_runs_on_class_labels(
+    name, widths, classes, tmp_path, monkeypatch, quiet_peft
+):
+    """Its cells up to the comparison, on a stored corpus with these modalities."""
+    class_corpus(name, widths, classes, tmp_path)
+    monkeypatch.setenv("MMSA_RECORDS", str(tmp_path / "records"))
+    chapter = read_chapter(ROOT / "book" / "wander.md", "book/wander")
+    given = {"corpus": name, "data_dir": str(tmp_path), "seeds": [0], "epochs": 1}
+    given |= {"rank": 2, "factors": 2, "out_tokens": 2, "device": "cpu"}
+    wanted = ("standardised(", "l1(label)", "def backbone", "def experiment")
+    wanted += ("builders = ", "results = ", "info = ", "def results_table", "rivals =")
+    page, cells = {"display": lambda *shown: None}, 0
+    for cell in chapter.cells:
+        if "parameters" in cell.tags:
+            page |= given
+        elif any(mark in cell.source for mark in wanted):
+            exec(cell.source, page)
+            cells += 1
+    assert cells == len(wanted)
+    assert page["metric"] == "acc"
+    assert page["outputs"] == {"class": classes}
+    assert not page["synthetic"]
+    assert page["data"].modalities == tuple(widths)
+    for record in page["results"].values():
+        assert 0 <= record.mean("test.acc") <= 100
+        assert len(record.per_seed[0]["predictions"]) == 12
+        assert set(record.per_seed[0]["predictions"]) <= set(range(classes))
+    assert {"wander-head", "lora", "wander-layers"} <= {
+        r.name for r in page["results"].values()
+    }
