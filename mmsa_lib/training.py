@@ -354,7 +354,7 @@ def fit(
             # and a run on several processes draw the same dropout masks
             k = number * world + rank
             torch.manual_seed(config.seed * 7_919 + state.epoch * 1_000_003 + k)
-            counts = int(k < batches.count)  # 0: given again, for the sake of step
+            counts = int(k < batches.count)  # 0: given again, to keep step
             with accelerator.accumulate(model):
                 output = model(batch)
                 value = loss(output, batch)
@@ -570,7 +570,8 @@ class _State:
             (name, tuple(tensor.shape), name in trained)
             for name, tensor in self.module.state_dict().items()
         ]
-        text = f"{sorted(config.items())} {self.corpus.fingerprint} {shapes}"
+        world = self.accelerator.num_processes  # it decides whose batch is next
+        text = f"{sorted(config.items())} {world} {self.corpus.fingerprint} {shapes}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def stopped(self, patience: int | None) -> bool:
