@@ -34,7 +34,7 @@ PLAN = {
     "eval_batch_size": 16,
     "bucketed": True,
 }
-CHOSEN = {"lr": 1e-3, "epochs": 8, "rank": 32, "pool": "last", "ln": "hidden"}
+CHOSEN = {"lr": 1e-3, "epochs": 6, "rank": 32, "pool": "last", "ln": "hidden"}
 CHANGES = (  # one at a time
     {"lr": 2e-4},
     {"lr": 5e-4},
