@@ -28,6 +28,8 @@ from torch.utils.data import DataLoader
 
 from mmsa_lib.corpora.schema import Batch, Corpus, Receipt, Split
 from mmsa_lib.errors import SealedError, TrainingError, unknown
+from mmsa_lib.methods.rule import Rule
+from mmsa_lib.nets.ops import keep_4bit_format
 
 Loss = Callable[[object, Batch], Tensor]  # (Output, Batch) -> scalar
 
@@ -91,36 +93,6 @@ class TrainConfig:
                 'device="cuda" was asked for but no GPU is visible. Use device="auto", '
                 "or install a CUDA build of torch (see README, GPU path)."
             )
-
-
-class Rule:
-    """Hooks around a step, for methods that change gradients or add loss terms.
-
-    Every hook may be left out. A rule with state implements `state_dict` and
-    `load_state_dict` (tensors and plain values), so that a killed run resumes exactly.
-    """
-
-    def setup(self, model: nn.Module, device: torch.device) -> None:
-        """Called once, after the model is on its device."""
-
-    def loss(self, output, batch: Batch, loss: Tensor) -> Tensor:
-        """Return the loss to differentiate, with this rule's terms added."""
-        return loss
-
-    def after_backward(self, model: nn.Module) -> None:
-        """Gradients of the whole step are there, unscaled and not yet clipped."""
-
-    def after_step(self, model: nn.Module) -> None:
-        """Called after the optimiser step."""
-
-    def epoch_end(self, row: dict) -> None:
-        """Add this rule's numbers to the history row of the epoch."""
-
-    def state_dict(self) -> dict:
-        return {}
-
-    def load_state_dict(self, state: Mapping) -> None:
-        pass
 
 
 @dataclass
@@ -349,11 +321,7 @@ def fit(
     accelerator = _accelerator(config)
     seed_everything(config.seed)
     model = build()
-    for part in model.modules():
-        # bitsandbytes repacks 4-bit weights at the first evaluation on some CPUs: with
-        # loss of precision, and no gradient passes them after that
-        if hasattr(part, "support_avx512bf16_for_cpu"):
-            part.support_avx512bf16_for_cpu = False
+    keep_4bit_format(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise TrainingError("no parameter of the model requires a gradient")
@@ -386,7 +354,7 @@ def fit(
             # and a run on several processes draw the same dropout masks
             k = number * world + rank
             torch.manual_seed(config.seed * 7_919 + state.epoch * 1_000_003 + k)
-            counts = int(k < batches.count)  # 0: given again, for the sake of step
+            counts = int(k < batches.count)  # 0: given again, to keep step
             with accelerator.accumulate(model):
                 output = model(batch)
                 value = loss(output, batch)
@@ -602,7 +570,8 @@ class _State:
             (name, tuple(tensor.shape), name in trained)
             for name, tensor in self.module.state_dict().items()
         ]
-        text = f"{sorted(config.items())} {self.corpus.fingerprint} {shapes}"
+        world = self.accelerator.num_processes  # it decides whose batch is next
+        text = f"{sorted(config.items())} {world} {self.corpus.fingerprint} {shapes}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def stopped(self, patience: int | None) -> bool:

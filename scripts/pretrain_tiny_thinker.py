@@ -4,8 +4,9 @@
     python scripts/pretrain_tiny_thinker.py --work FOLDER  # keep what is rendered there
 
 The model reads puppet clips of worlds other than those that ship: other seeds, so other
-speakers and scripts. It learns to predict the next token of transcripts, and of answers
-to questions about clips: what the words, the voice and the face say, when the pitch is
+speakers and scripts. First its towers learn to follow face and voice through time, then
+the language model predicts the next token of transcripts, and then of answers to
+questions about clips: what the words, the voice and the face say, when the pitch is
 lifted and when the smile comes, whether the speaker means it. Nobody asks it here for
 the sentiment of a clip, so that the book's question is new to it. Needs espeak-ng, a
 core and about an hour; the result depends on the versions that the card names.
@@ -256,6 +257,61 @@ def reading_loss(thinker: Thinker, some: list[clips.Take]) -> torch.Tensor:
     return read + rated.mean()
 
 
+# --- the towers, as Whisper's and CLIP's are trained before they meet a language model
+
+
+def tower_targets(take: clips.Take, arrays: dict, m: str) -> torch.Tensor:
+    """What face or voice shows at each time step of its tower, (T, 3) in label points.
+
+    What it says of sentiment, how strong the cue of sarcasm is, and how aroused it is.
+    """
+    when = clips.timing(take.script)
+    if m == "vision":
+        steps = int(arrays["grid"][0])
+        times = (np.arange(steps) + 0.25) * float(arrays["pace"][0])
+    else:
+        steps = ((len(arrays["audio"]) - 1) // 2 - 1) // 2 + 1
+        times = (np.arange(steps) + 0.5) / 25
+    tracks, cues = clips.tracks(take, when), clips.cues(take.script, when)
+    rows = [
+        np.interp(times, when.times, tracks[m]),
+        np.interp(times, when.times, 2 * cues["smile" if m == "vision" else "lift"]),
+        np.full(steps, take.script.arousal),
+    ]
+    return torch.tensor(np.stack(rows, 1), dtype=torch.float32)
+
+
+def tower_loss(
+    thinker: Thinker,
+    probes: torch.nn.ModuleDict,
+    rows: list[int],
+    chosen: list[clips.Take],
+    folder: Path,
+) -> torch.Tensor:
+    """Mean squared errors (2, 3) of linear probes on the outputs of both towers."""
+    arrays = [load_file(folder / f"{i:05d}.safetensors") for i in rows]
+    inputs = thinker.inputs(batch_of(rows, chosen, folder))
+    inner = thinker.model.model
+    seen = inner.get_video_features(
+        inputs["pixel_values_videos"], inputs["video_grid_thw"]
+    ).pooler_output
+    grids = inputs["video_grid_thw"].tolist()
+    seen = [
+        x.view(t, -1, x.shape[-1]).mean(1)
+        for x, (t, _, _) in zip(seen, grids, strict=True)
+    ]
+    heard = inner.get_audio_features(
+        inputs["input_features"], inputs["feature_attention_mask"]
+    ).last_hidden_state
+    errors = []
+    for m, x in (("vision", torch.cat(seen)), ("audio", heard)):
+        truth = [
+            tower_targets(chosen[i], a, m) for i, a in zip(rows, arrays, strict=True)
+        ]
+        errors.append((probes[m](x) - torch.cat(truth)).square().mean(0))
+    return torch.stack(errors)
+
+
 def schedule(total: int, optimiser, rate: float):
     """Step numbers; linear warm-up over 5 % of them, then a cosine to a tenth."""
     for step in range(total):
@@ -273,7 +329,7 @@ def pretrain(
     folder: Path,
     settings: Settings,
 ) -> list[dict]:
-    """First reading alone, then clips; returns the mean losses along the way."""
+    """The towers, then reading, then clips; returns the mean losses along the way."""
     rng = np.random.default_rng(settings.seed)
     torch.manual_seed(settings.seed)
     model = thinker.model
@@ -295,6 +351,16 @@ def pretrain(
             losses.clear()
             print(log[-1], flush=True)
 
+    total = settings.tower_steps
+    train_rows = np.arange(settings.held_out, len(chosen))
+    probes = torch.nn.ModuleDict(
+        {m: torch.nn.Linear(thinker.width, 3) for m in ("vision", "audio")}
+    )
+    optimiser.add_param_group({"params": list(probes.parameters())})
+    for step in schedule(total, optimiser, settings.rate):
+        rows = rng.choice(train_rows, settings.clip_batch).tolist()
+        loss = tower_loss(thinker, probes, rows, chosen, folder).sum()
+        learn(loss, "towers", step, total)
     total = settings.reading_steps
     for step in schedule(total, optimiser, settings.rate):
         rows = rng.choice(len(texts), settings.reading_batch)
@@ -359,9 +425,10 @@ class Settings:
     clips: int = 2400
     texts: int = 20000
     held_out: int = 64
-    reading_steps: int = 1500
+    tower_steps: int = 1200
+    reading_steps: int = 2000
     reading_batch: int = 32
-    clip_steps: int = 3000
+    clip_steps: int = 2000
     clip_batch: int = 16
     rate: float = 1.5e-3
     seed: int = 0

@@ -417,8 +417,10 @@ def compact(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def modality_modules(model: nn.Module, projections: bool = True) -> dict[str, list]:
     """The modules that serve one modality alone, by modality: projection (unless left
-    out), unimodal encoder or, in MulT, cross and memory encoders that it queries.
+    out), unimodal encoder or, in MulT, cross and memory encoders that it queries; in
+    the pooled model, norm and score.
     """
-    names = ["encoders", "cross", "memory"] + ["projections"] * projections
+    names = ["encoders", "cross", "memory", "norms", "scores"]
+    names += ["projections"] * projections
     parts = [getattr(model, n) for n in names if hasattr(model, n)]
     return {m: [part[m] for part in parts] for m in model.modalities}

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from mmsa_lib.corpora.media import MERGE
 from mmsa_lib.corpora.schema import Batch
 from mmsa_lib.errors import ConfigError, unknown
+from mmsa_lib.nets.ops import keep_4bit_format
 
 TINY = "tiny"  # the name of the embedded model
 HUB = ("Qwen/Qwen2.5-Omni-7B", "Qwen/Qwen2.5-Omni-3B")
@@ -171,7 +172,7 @@ def load(
             f"({', '.join(HUB)}) with a network or a filled cache."
         ) from error
     if quantise:
-        _keep_format(model)
+        keep_4bit_format(model)
     else:
         model.to(place)
     return wrap(
@@ -181,17 +182,6 @@ def load(
         padding_side=padding_side,
         modalities=modalities,
     )
-
-
-def _keep_format(model) -> None:
-    """Stop bitsandbytes from repacking weights when a CPU layer is first evaluated.
-
-    Where a processor has AVX512-BF16 it would, with constants rounded to bfloat16: the
-    same model then gives other results before and after its first evaluation.
-    """
-    for layer in model.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
 
 
 @contextlib.contextmanager
