@@ -84,9 +84,7 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="print only, write nothing")
     args = parser.parse_args()
     data = corpora.load(args.corpus, args.data_dir)
-    rows = [
-        measure(kind, lr, data, args) for kind in args.kinds for lr in args.rates
-    ]
+    rows = [measure(kind, lr, data, args) for kind in args.kinds for lr in args.rates]
     if not args.dry:
         settings = {
             "corpus": args.corpus,
@@ -99,7 +97,11 @@ def main() -> None:
             **PLAN,
             "selection": "epoch by validation loss; rate by validation MAE; test sealed",
         }
-        print(runs.save_benchmark("readout-settings", rows, settings=settings, out=args.out))
+        print(
+            runs.save_benchmark(
+                "readout-settings", rows, settings=settings, out=args.out
+            )
+        )
 
 
 if __name__ == "__main__":
