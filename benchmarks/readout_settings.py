@@ -4,9 +4,9 @@
     python benchmarks/readout_settings.py --backbone FOLDER --corpus clips --data-dir D
 
 Both readouts of the chapter "Generative against discriminative" get the same candidates
-for the learning rate of LoRA, the same epochs and the same seeds, which are not those of
-the chapter. The number is the MAE on the validation clips at the epoch with the lowest
-validation loss; for the writer, of what it wrote. The test split stays sealed.
+for the learning rate of LoRA, the same epochs and the same seeds, which are not those
+of the chapter. The number is the MAE on the validation clips at the epoch with the
+lowest validation loss; for the writer, of what it wrote. The test split stays sealed.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def train(kind: str, data, lr: float, seed: int, args):
     }[kind]
     groups = {"regressor": args.head_lr} if kind == "reader" else {}
     plan = TrainConfig(epochs=args.epochs, lr=lr, seed=seed, group_lr=groups, **PLAN)
-    frozen = fit(
-        lambda: build(omni.load(args.backbone, modalities=args.modalities), config, labels),
-        data,
-        plan,
-        loss=loss,
-    )  # fmt: skip
+
+    def adapted():
+        thinker = omni.load(args.backbone, modalities=args.modalities)
+        return build(thinker, config, labels)
+
+    frozen = fit(adapted, data, plan, loss=loss)
     return frozen if kind == "reader" else readout.writing(frozen)
 
 
@@ -95,7 +95,7 @@ def main() -> None:
             "head_lr": args.head_lr,
             "seeds": args.seeds,
             **PLAN,
-            "selection": "epoch by validation loss; rate by validation MAE; test sealed",
+            "selection": "epoch by validation loss, rate by validation MAE",
         }
         print(
             runs.save_benchmark(
