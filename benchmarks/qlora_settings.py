@@ -72,7 +72,8 @@ def measure(data, setting: dict, seeds: list[int]) -> dict:
         "what": "readout of the tiny Thinker, validation MAE",
         **setting,
         "valid_mae": round(statistics.fmean(errors), 4),
-        "per_seed": [round(e, 4) for e in errors],
+        "low": round(min(errors), 4),
+        "high": round(max(errors), 4),
         "best_epochs": epochs,
     }
     print(*(f"{k} {v}" for k, v in row.items() if k != "what"), sep="  ", flush=True)

@@ -443,7 +443,7 @@ def save(
     peft = model.body.model
     name = "default"
     peft.peft_config[name].base_model_name_or_path = backbone
-    peft.save_pretrained(folder)
+    peft.save_pretrained(folder, save_embedding_layers=False)  # they are frozen
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty template
     parts = {
         k: v.detach().cpu().contiguous()
