@@ -1,4 +1,4 @@
-"""The chapter "Generative against discriminative": its audit, its twin, its exercises."""
+"""The chapter "Generative against discriminative": audit, twin and exercises."""
 
 from fractions import Fraction
 
