@@ -12,6 +12,7 @@ lowest validation loss; for the writer, of what it wrote. The test split stays s
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import statistics
 from pathlib import Path
@@ -68,6 +69,13 @@ def measure(kind: str, lr: float, data, args) -> dict:
     return row
 
 
+def weights_sha256(backbone: str) -> str | None:
+    """Of a backbone that is a folder with one weights file; else None."""
+    folder = omni.tiny_folder() if backbone == omni.TINY else Path(backbone)
+    file = folder / "model.safetensors"
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--corpus", default="puppet-clips", choices=corpora.names())
@@ -90,6 +98,7 @@ def main() -> None:
             "corpus": args.corpus,
             "corpus_sha256": data.fingerprint,
             "backbone": args.backbone,
+            "weights_sha256": weights_sha256(args.backbone),
             "modalities": args.modalities,
             "epochs": args.epochs,
             "head_lr": args.head_lr,
