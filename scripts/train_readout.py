@@ -46,13 +46,9 @@ def say(text: str) -> None:
 class Progress(Rule):
     """One line an epoch, for logs."""
 
-    def __init__(self):
-        self.epoch = 0
-
     def epoch_end(self, row: dict) -> None:
-        self.epoch = row["epoch"] + 1
         losses = ", ".join(f"{part} {row[part]:.6f}" for part in ("train", "valid"))
-        say(f"epoch {self.epoch}: {losses} ({row['seconds']:.0f} s)")
+        say(f"epoch {row['epoch'] + 1}: {losses} ({row['seconds']:.0f} s)")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -177,8 +173,7 @@ def run(given: argparse.Namespace) -> None:
         frozen = train(given, corpus, seed)
         if MAIN:
             out = given.out / f"seed-{seed}" if len(given.seeds) > 1 else given.out
-            backbone = given.backbone
-            readout.save(frozen.module, out, backbone=backbone, media=config)
+            readout.save(frozen.module, out, backbone=given.backbone, media=config)
         rates[seed] = {}
         return answering(frozen, given, rates[seed]) if given.generative else frozen
 
