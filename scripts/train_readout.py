@@ -102,7 +102,10 @@ def read_clips(given: argparse.Namespace) -> tuple[Corpus, MediaConfig]:
 
 def settings(given: argparse.Namespace) -> dict:
     """What a run record keeps of the command: everything but places."""
-    kept = vars(given) | {"backbone": given.backbone.rstrip("/").rpartition("/")[2]}
+    kept = vars(given) | {
+        "backbone": given.backbone.rstrip("/").rpartition("/")[2],
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
     places = ("clips", "out", "cache", "checkpoint", "seeds")
     return {k: v for k, v in kept.items() if k not in places}
 
