@@ -46,13 +46,9 @@ def say(text: str) -> None:
 class Progress(Rule):
     """One line an epoch, for logs."""
 
-    def __init__(self):
-        self.epoch = 0
-
     def epoch_end(self, row: dict) -> None:
-        self.epoch = row["epoch"] + 1
         losses = ", ".join(f"{part} {row[part]:.6f}" for part in ("train", "valid"))
-        say(f"epoch {self.epoch}: {losses} ({row['seconds']:.0f} s)")
+        say(f"epoch {row['epoch'] + 1}: {losses} ({row['seconds']:.0f} s)")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -106,7 +102,10 @@ def read_clips(given: argparse.Namespace) -> tuple[Corpus, MediaConfig]:
 
 def settings(given: argparse.Namespace) -> dict:
     """What a run record keeps of the command: everything but places."""
-    kept = vars(given) | {"backbone": given.backbone.rstrip("/").rpartition("/")[2]}
+    kept = vars(given) | {
+        "backbone": given.backbone.rstrip("/").rpartition("/")[2],
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
     places = ("clips", "out", "cache", "checkpoint", "seeds")
     return {k: v for k, v in kept.items() if k not in places}
 
@@ -177,8 +176,7 @@ def run(given: argparse.Namespace) -> None:
         frozen = train(given, corpus, seed)
         if MAIN:
             out = given.out / f"seed-{seed}" if len(given.seeds) > 1 else given.out
-            backbone = given.backbone
-            readout.save(frozen.module, out, backbone=backbone, media=config)
+            readout.save(frozen.module, out, backbone=given.backbone, media=config)
         rates[seed] = {}
         return answering(frozen, given, rates[seed]) if given.generative else frozen
 

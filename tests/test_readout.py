@@ -1173,6 +1173,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(whole, options, tmp
     out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err[-3000:]
     assert out.count("epoch 3:") == 1  # one of the two speaks
+    assert record_of(tmp_path).parameters["processes"] == 2
     np.testing.assert_allclose(curves(tmp_path), curves(whole), atol=1.1e-5, rtol=0)
     for name, tensor in weights(tmp_path).items():
         torch.testing.assert_close(tensor, weights(whole)[name], rtol=0, atol=1e-5)
