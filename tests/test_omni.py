@@ -853,23 +853,8 @@ def test_benchmark_builds_what_loading_gives(benchmark, tokenizer, quantised, ba
 def test_benchmark_runs_on_the_tiny_one(benchmark, folder, tmp_path):
     threads = torch.get_num_threads()
     try:
-        benchmark.main(
-            [
-                "--size",
-                "tiny",
-                "--repeats",
-                "1",
-                "--frames",
-                "2",
-                "--batch",
-                "1",
-                "2",
-                "--tokenizer",
-                str(folder),
-                "--out",
-                str(tmp_path),
-            ]
-        )
+        words = f"--size tiny --repeats 1 --frames 2 --batch 1 2 --tokenizer {folder}"
+        benchmark.main([*words.split(), "--out", str(tmp_path)])
     finally:
         torch.set_num_threads(threads)
     (path,) = tmp_path.glob("omni-tiny-*.json")
