@@ -39,10 +39,8 @@ CHANGES = (  # one at a time
     {"lr": 2e-4},
     {"lr": 5e-4},
     {"lr": 2e-3},
-    {"rank": 4},
     {"rank": 8},
     {"pool": "mean"},
-    {"pool": "attention"},
     {"ln": "input"},
 )
 
