@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--json", action="store_true", help="for programs")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
 
     from mmsa_lib.methods import readout  # takes seconds: a wrong call is told at once
 
