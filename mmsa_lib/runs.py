@@ -373,7 +373,8 @@ def experiment(
     """Train once a seed, evaluate the frozen result on the test split, record it all.
 
     train: ``train(seed) -> Frozen`` (`training.fit` or `training.select`).
-    Returns the saved record; metrics under every convention are in ``per_seed``.
+    Returns the saved record; metrics under every convention are in ``per_seed``: those
+    of sentiment, or of classes where the label is one.
     """
     from mmsa_lib import training
 
@@ -391,9 +392,9 @@ def experiment(
             predictions = training.evaluate(frozen, corpus, split, label=label)
             entry[split] = _report(predictions)
             if split == "test":
-                entry["predictions"] = [
-                    round(float(p), 4) for p in predictions.prediction
-                ]
+                found = predictions.prediction
+                found = found.argmax(1) if _classes(predictions) else found
+                entry["predictions"] = [round(float(p), 4) for p in found]
                 entry["test_ids_sha256"] = hashlib.sha256(
                     "\0".join(predictions.ids).encode()
                 ).hexdigest()
@@ -495,13 +496,22 @@ def holm(*records: RunRecord) -> list[RunRecord]:
     return adjusted
 
 
+def _classes(predictions) -> bool:
+    """Class labels (n,) with one score a class, not sentiment."""
+    return predictions.truth.dtype.kind == "i"
+
+
 def _report(predictions) -> dict[str, float | None]:
     from mmsa_lib import metrics
 
+    truth, prediction = predictions.truth, predictions.prediction
     with warnings.catch_warnings():
         # a constant predictor has no correlation; the record says so with null
         warnings.filterwarnings("ignore", "correlation is undefined")
-        report = metrics.sentiment_report(predictions.truth, predictions.prediction)
+        if _classes(predictions):
+            report = metrics.classification_report(truth, prediction.argmax(1))
+        else:
+            report = metrics.sentiment_report(truth, prediction)
     return {k: None if math.isnan(v) else round(float(v), 6) for k, v in report.items()}
 
 

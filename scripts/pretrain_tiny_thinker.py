@@ -3,13 +3,15 @@
     python scripts/pretrain_tiny_thinker.py                # all, into the package
     python scripts/pretrain_tiny_thinker.py --work FOLDER  # keep what is rendered there
 
-The model reads puppet clips of worlds other than those that ship: other seeds, so other
-speakers and scripts. First its towers learn to follow face and voice through time, then
-the language model predicts the next token of transcripts, and then of answers to
-questions about clips: what the words, the voice and the face say, when the pitch is
-lifted and when the smile comes, whether the speaker means it. Nobody asks it here for
-the sentiment of a clip, so that the book's question is new to it. Needs espeak-ng, a
-core and about an hour; the result depends on the versions that the card names.
+The model reads puppet clips of worlds other than those that ship: other seeds, so
+other speakers and scripts. Its towers learn to follow face and voice through time, and
+beside them the language model learns to predict the next token of transcripts and of
+what their words are worth. Then the towers stay as they are, and the language model
+learns to describe clips and to answer questions about them: what the words, the voice
+and the face say, when the pitch is lifted and when the smile comes, whether the speaker
+means it. Nobody asks it here for the sentiment of a clip, so that the book's question
+is new to it. Needs espeak-ng, two cores and about an hour; the result depends on the
+versions that the card names.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from statistics import fmean as mean
 import make_puppet_clips as clips
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from mmsa_lib.corpora import puppets
@@ -49,7 +52,7 @@ from mmsa_lib.corpora.puppets import Scripts
 from mmsa_lib.corpora.schema import Batch
 from mmsa_lib.methods.readout import parse_score, spell
 from mmsa_lib.nets import omni
-from mmsa_lib.nets.omni import Thinker, answer_loss
+from mmsa_lib.nets.omni import Thinker
 
 VERSION = "1"
 # of the worlds; the clips of the package are of seed 0
@@ -113,16 +116,14 @@ def render_all(count: int, folder: Path, jobs: int) -> list[clips.Take]:
 # --- what it is asked -----------------------------------------------------------------
 
 GRADES = ("awful", "bad", "rather bad", "mixed", "rather good", "good", "wonderful")
+SHADES = ("very dark", "dark", "plain", "bright", "very bright")
 DESCRIBE = "Describe the clip."
+WORDS = "How are the words?"
 RATE = {
     part: f"How positive or negative are the {part}? Answer from -3.0 to +3.0."
     for part in ("words", "tones", "looks")
 }
 MEANT = "Does the speaker mean it?"
-
-
-def grade(value: float) -> str:
-    return GRADES[round(max(-3.0, min(3.0, value))) + 3]
 
 
 def percepts(take: clips.Take) -> dict[str, float]:
@@ -131,33 +132,45 @@ def percepts(take: clips.Take) -> dict[str, float]:
     return {"words": script.literal, "tones": script.voice, "looks": script.face}
 
 
+def grade(value: float) -> str:
+    return GRADES[round(max(-3.0, min(3.0, value))) + 3]
+
+
+def shade(value: float) -> str:
+    return SHADES[np.digitize(value, (-0.9, -0.25, 0.25, 0.9))]
+
+
 def describe(take: clips.Take) -> str:
+    """One sentence in which every other word is something seen, heard or read."""
     script, values = take.script, percepts(take)
     lift = clips._event(script, "lift")
     smile = clips._event(script, "smile", "late smile")
     late = "late" if lift.centre > 0.5 else "early"
-    pitch = f"rises {late}" if lift.amount else "stays"
-    smiles = "late" if smile.track == "late smile" else "early"
     return (
-        f"The words are {grade(values['words'])} {spell(values['words'])}, "
-        f"the tones {grade(2 * values['tones'])} {spell(values['tones'])}, "
-        f"the looks {grade(2 * values['looks'])} {spell(values['looks'])}. "
-        f"The pitch {pitch}, the smile comes {smiles}: "
-        f"{'sincere' if script.sincerity > 0 else 'sarcastic'}."
+        f"words {grade(values['words'])}, tones {shade(values['tones'])}, "
+        f"looks {shade(values['looks'])}, pitch {late if lift.amount else 'level'}, "
+        f"smile {'late' if smile.track == 'late smile' else 'early'}, "
+        f"{'sincere' if script.sincerity > 0 else 'sarcastic'}"
     )
 
 
 def exchange(take: clips.Take, rng: np.random.Generator) -> tuple[str, str]:
-    """A question about a clip and its answer; half of them ask for a description."""
+    """A question about a clip and its answer; most of them ask for a description."""
     kind = rng.choice(
         ["describe", "words", "tones", "looks", "meant"],
-        p=[0.5, 0.14, 0.12, 0.12, 0.12],
+        p=[0.6, 0.08, 0.08, 0.08, 0.16],
     )
     if kind == "describe":
         return DESCRIBE, describe(take)
     if kind == "meant":
         return MEANT, "yes" if take.script.sincerity > 0 else "no"
     return RATE[kind], spell(percepts(take)[kind])
+
+
+def question_of_words(take: clips.Take, rng: np.random.Generator) -> tuple[str, str]:
+    if rng.random() < 0.5:
+        return WORDS, grade(take.script.literal)
+    return RATE["words"], spell(take.script.literal)
 
 
 # --- tokenizer ------------------------------------------------------------------------
@@ -194,7 +207,7 @@ def train_tokenizer(texts: list[str]):
     )
 
 
-# --- training -------------------------------------------------------------------------
+# --- batches --------------------------------------------------------------------------
 
 
 def batch_of(
@@ -238,32 +251,13 @@ def batch_of(
     )
 
 
-def reading_loss(thinker: Thinker, some: list[clips.Take]) -> torch.Tensor:
-    """Next-token cross-entropy of transcripts, and of what their words are rated."""
-    texts = [take.script.text for take in some]
-    tokens = thinker.tokenizer(
-        [f"{text}<|im_end|>" for text in texts],
-        padding=True,
-        padding_side="right",
-        return_tensors="pt",
-    )
-    ids, mask = tokens["input_ids"], tokens["attention_mask"]
-    logits = thinker.model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-    target = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
-    read = torch.nn.functional.cross_entropy(logits.transpose(1, 2), target)
-    batch = Batch({}, {}, {}, {}, texts, raw_text=texts)
-    answers = [spell(take.script.literal) for take in some]
-    rated = answer_loss(thinker, batch, answers, [RATE["words"]] * len(some))
-    return read + rated.mean()
-
-
 # --- the towers, as Whisper's and CLIP's are trained before they meet a language model
 
 
 def tower_targets(take: clips.Take, arrays: dict, m: str) -> torch.Tensor:
-    """What face or voice shows at each time step of its tower, (T, 3) in label points.
+    """What face or voice shows at each time step of its tower, (T, 2) of variance 1.
 
-    What it says of sentiment, how strong the cue of sarcasm is, and how aroused it is.
+    What it says of sentiment, and how far the smile or the pitch is up.
     """
     when = clips.timing(take.script)
     if m == "vision":
@@ -274,9 +268,8 @@ def tower_targets(take: clips.Take, arrays: dict, m: str) -> torch.Tensor:
         times = (np.arange(steps) + 0.5) / 25
     tracks, cues = clips.tracks(take, when), clips.cues(take.script, when)
     rows = [
-        np.interp(times, when.times, tracks[m]),
-        np.interp(times, when.times, 2 * cues["smile" if m == "vision" else "lift"]),
-        np.full(steps, take.script.arousal),
+        2 * np.interp(times, when.times, tracks[m]),
+        3 * np.interp(times, when.times, cues["smile" if m == "vision" else "lift"]),
     ]
     return torch.tensor(np.stack(rows, 1), dtype=torch.float32)
 
@@ -288,7 +281,7 @@ def tower_loss(
     chosen: list[clips.Take],
     folder: Path,
 ) -> torch.Tensor:
-    """Mean squared errors (2, 3) of linear probes on the outputs of both towers."""
+    """Mean squared errors (2, 2) of linear probes on the outputs of both towers."""
     arrays = [load_file(folder / f"{i:05d}.safetensors") for i in rows]
     inputs = thinker.inputs(batch_of(rows, chosen, folder))
     inner = thinker.model.model
@@ -312,70 +305,169 @@ def tower_loss(
     return torch.stack(errors)
 
 
-def schedule(total: int, optimiser, rate: float):
-    """Step numbers; linear warm-up over 5 % of them, then a cosine to a tenth."""
-    for step in range(total):
-        warm = min(1.0, (step + 1) / max(1, total // 20))
-        fall = 0.55 + 0.45 * math.cos(math.pi * step / total)
+# --- training -------------------------------------------------------------------------
+
+
+def learn(parameters, total: int, rate: float, stage: str, loss) -> list[dict]:
+    """`total` steps of AdamW on ``loss()``: 5 % warm-up, then a cosine to a tenth."""
+    parameters = list(parameters)
+    optimiser = torch.optim.AdamW(
+        parameters, weight_decay=0.01, betas=(0.9, 0.98), fused=True
+    )
+    log, losses = [], []
+    for step in range(1, total + 1):
+        warm = min(1.0, step / max(1, total // 20))
+        fall = 0.55 + 0.45 * math.cos(math.pi * (step - 1) / total)
         for group in optimiser.param_groups:
             group["lr"] = rate * warm * fall
-        yield step + 1
-
-
-def pretrain(
-    thinker: Thinker,
-    chosen: list[clips.Take],
-    texts: list[clips.Take],
-    folder: Path,
-    settings: Settings,
-) -> list[dict]:
-    """The towers, then reading, then clips; returns the mean losses along the way."""
-    rng = np.random.default_rng(settings.seed)
-    torch.manual_seed(settings.seed)
-    model = thinker.model
-    model.requires_grad_(True).train()
-    optimiser = torch.optim.AdamW(
-        model.parameters(), weight_decay=0.01, betas=(0.9, 0.98), fused=True
-    )
-    log: list[dict] = []
-    losses: list[float] = []
-
-    def learn(loss: torch.Tensor, stage: str, step: int, total: int) -> None:
+        value = loss()
         optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
-        losses.append(loss.item())
+        losses.append(value.item())
         if step % 100 == 0 or step == total:
             log.append({"stage": stage, "step": step, "loss": round(mean(losses), 4)})
             losses.clear()
             print(log[-1], flush=True)
+    return log
 
-    total = settings.tower_steps
-    train_rows = np.arange(settings.held_out, len(chosen))
+
+def towers(thinker: Thinker) -> list[torch.nn.Module]:
+    return [thinker.model.model.visual, thinker.model.model.audio_tower]
+
+
+def train_towers(thinker, chosen, folder, settings: Settings) -> list[dict]:
+    rng = np.random.default_rng([settings.seed, 1])
+    torch.manual_seed(settings.seed)
     probes = torch.nn.ModuleDict(
-        {m: torch.nn.Linear(thinker.width, 3) for m in ("vision", "audio")}
+        {m: torch.nn.Linear(thinker.width, 2) for m in ("vision", "audio")}
     )
-    optimiser.add_param_group({"params": list(probes.parameters())})
-    for step in schedule(total, optimiser, settings.rate):
-        rows = rng.choice(train_rows, settings.clip_batch).tolist()
-        loss = tower_loss(thinker, probes, rows, chosen, folder).sum()
-        learn(loss, "towers", step, total)
-    total = settings.reading_steps
-    for step in schedule(total, optimiser, settings.rate):
-        rows = rng.choice(len(texts), settings.reading_batch)
-        learn(reading_loss(thinker, [texts[i] for i in rows]), "reading", step, total)
-    total, order = settings.clip_steps, []
-    for step in schedule(total, optimiser, settings.rate):
-        if len(order) < settings.clip_batch:
-            order = rng.permutation(range(settings.held_out, len(chosen))).tolist()
-        rows = [order.pop() for _ in range(settings.clip_batch)]
-        asked, answers = zip(*(exchange(chosen[i], rng) for i in rows), strict=True)
-        batch = batch_of(rows, chosen, folder, rng)
-        learn(answer_loss(thinker, batch, answers, asked).mean(), "clips", step, total)
-        if step % 500 == 0 or step == total:
-            print(check(thinker, chosen[: settings.held_out], folder), flush=True)
-    model.eval()
+    parameters = [p for part in (*towers(thinker), probes) for p in part.parameters()]
+    for p in parameters:
+        p.requires_grad_(True)
+
+    def loss():
+        rows = rng.integers(settings.held_out, len(chosen), settings.batch).tolist()
+        return tower_loss(thinker, probes, rows, chosen, folder).sum()
+
+    return learn(parameters, settings.tower_steps, settings.rate, "towers", loss)
+
+
+def train_reading(thinker, texts, settings: Settings, file: Path) -> None:
+    """The language model alone, in a process of its own; its weights go to `file`."""
+    rng = np.random.default_rng([settings.seed, 2])
+    torch.manual_seed(settings.seed)
+    parts = (thinker.model.model.language_model, thinker.model.lm_head)
+    parameters = [p for part in parts for p in part.parameters()]
+    for p in parameters:
+        p.requires_grad_(True)
+
+    def loss():
+        some = [texts[i] for i in rng.choice(len(texts), settings.reading_batch)]
+        asked, answers = zip(*(question_of_words(t, rng) for t in some), strict=True)
+        names = [t.script.text for t in some]
+        batch = Batch({}, {}, {}, {}, names, raw_text=names)
+        inputs = thinker.inputs(batch, answers, asked)
+        ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
+        logits = thinker.model.lm_head(thinker.read(inputs)[:, :-1])
+        each = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), ids[:, 1:], reduction="none"
+        )
+        every = each[real[:, :-1] & real[:, 1:]].mean()
+        return every + each[:, -4:].mean()  # the answers stand at the end
+
+    log = learn(parameters, settings.reading_steps, settings.rate, "reading", loss)
+    state = {
+        k: v.detach().numpy()
+        for k, v in thinker.model.state_dict().items()
+        if "language_model" in k or k.startswith("lm_head")
+    }
+    save_file(state, file, metadata={"log": json.dumps(log)})
+
+
+@torch.inference_mode()
+def tower_outputs(thinker, chosen, folder) -> list[dict]:
+    """What both towers make of every clip, once: they do not change any more."""
+    inner, found = thinker.model.model, []
+    for start in range(0, len(chosen), 32):
+        rows = list(range(start, min(start + 32, len(chosen))))
+        inputs = thinker.inputs(batch_of(rows, chosen, folder))
+        seen = inner.get_video_features(
+            inputs["pixel_values_videos"], inputs["video_grid_thw"]
+        ).pooler_output
+        mask = inputs["feature_attention_mask"]
+        heard = inner.get_audio_features(
+            inputs["input_features"], mask
+        ).last_hidden_state
+        lengths = (((mask.sum(1) - 1) // 2 - 1) // 2 + 1).tolist()
+        for v, a in zip(seen, heard.split(lengths), strict=True):
+            found.append({"vision": v.clone(), "audio": a.clone()})
+    return found
+
+
+def clip_loss(thinker, rows, outputs, chosen, folder, rng) -> torch.Tensor:
+    """Cross-entropy of answers about clips whose towers have been computed."""
+    batch = batch_of(rows, chosen, folder, rng)
+    asked, answers = zip(*(exchange(chosen[i], rng) for i in rows), strict=True)
+    inputs = thinker.inputs(batch, answers, asked)
+    ids, model = inputs["input_ids"], thinker.model.model
+    embedded = model.get_input_embeddings()(ids)
+    for m, token in (("vision", "<|VIDEO|>"), ("audio", "<|AUDIO|>")):
+        there = batch.available[m].tolist()
+        parts = [outputs[i][m] for i, t in zip(rows, there, strict=True) if t]
+        if parts:
+            places = ids == thinker.tokenizer.convert_tokens_to_ids(token)
+            embedded = embedded.masked_scatter(places[..., None], torch.cat(parts))
+    for name in ("input_features", "pixel_values_videos"):
+        inputs.pop(name, None)
+    hidden = model(**inputs, inputs_embeds=embedded, use_cache=False).last_hidden_state
+    written = thinker.tokenizer([f"{a}<|im_end|>" for a in answers])["input_ids"]
+    lengths = torch.tensor([len(w) for w in written])
+    most = int(lengths.max())
+    logits = thinker.model.lm_head(hidden[:, -most - 1 : -1])
+    each = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), ids[:, -most:], reduction="none"
+    )
+    return each[torch.arange(most, 0, -1) <= lengths[:, None]].mean()
+
+
+def train_clips(thinker, chosen, folder, settings: Settings) -> list[dict]:
+    rng = np.random.default_rng([settings.seed, 3])
+    torch.manual_seed(settings.seed)
+    thinker.model.requires_grad_(True)
+    for tower in towers(thinker):
+        tower.requires_grad_(False)
+    outputs = tower_outputs(thinker, chosen, folder)
+    order: list[int] = []
+
+    def loss():
+        if len(order) < settings.batch:
+            order[:] = rng.permutation(range(settings.held_out, len(chosen)))
+        rows = [int(order.pop()) for _ in range(settings.batch)]
+        return clip_loss(thinker, rows, outputs, chosen, folder, rng)
+
+    parameters = [p for p in thinker.model.parameters() if p.requires_grad]
+    return learn(parameters, settings.clip_steps, settings.rate, "clips", loss)
+
+
+def pretrain(thinker, chosen, texts, folder: Path, settings: Settings) -> list[dict]:
+    """Towers and reading side by side, then clips; the mean losses along the way."""
+    thinker.model.train()
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / "reading.safetensors"
+        reader = multiprocessing.Process(
+            target=train_reading, args=(thinker, texts, settings, file)
+        )
+        reader.start()
+        log = train_towers(thinker, chosen, folder, settings)
+        reader.join()
+        with safe_open(file, "pt") as read:
+            log += json.loads(read.metadata()["log"])
+            state = {name: read.get_tensor(name) for name in read.keys()}  # noqa: SIM118
+    thinker.model.load_state_dict(state, strict=False)
+    log += train_clips(thinker, chosen, folder, settings)
+    thinker.model.eval()
     return log
 
 
@@ -425,11 +517,11 @@ class Settings:
     clips: int = 2400
     texts: int = 20000
     held_out: int = 64
-    tower_steps: int = 1200
-    reading_steps: int = 2000
+    tower_steps: int = 2400
+    reading_steps: int = 2400
     reading_batch: int = 32
     clip_steps: int = 2000
-    clip_batch: int = 16
+    batch: int = 16
     rate: float = 1.5e-3
     seed: int = 0
 
@@ -441,7 +533,9 @@ def build(texts: list[clips.Take]) -> Thinker:
     rng = np.random.default_rng(0)
     corpus = [take.script.text for take in texts]
     for take in texts:
-        question, answer = exchange(take, rng)
+        question, answer = (exchange if rng.random() < 0.5 else question_of_words)(
+            take, rng
+        )
         corpus.append(omni.chat(f"Transcript: \n{question}", answer))
     corpus += [omni.chat(omni.QUESTION)] * 50
     tokenizer = train_tokenizer(corpus)

@@ -12,6 +12,7 @@ readout, the twin with its parser, saving and predicting.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -24,10 +25,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mmsa_lib.corpora.clips import Clip
+from mmsa_lib.corpora.clips import Clip, read_folder
 from mmsa_lib.corpora.media import MediaConfig, clip_corpus
 from mmsa_lib.corpora.schema import Batch, Split
 from mmsa_lib.errors import ClipError, ConfigError, unknown
@@ -239,6 +241,12 @@ class Readout(nn.Module):
         super().__init__()
         self.config = config or ReadoutConfig()
         self.body = body
+        if self.config.layer != -1:
+            depth = len(body.base.model.language_model.layers)
+            if not -depth <= self.config.layer < depth:
+                raise ConfigError(
+                    f"layer {self.config.layer} of a language model with {depth} layers"
+                )
         hidden = hidden or body.width
         self.pool = Pool(self.config.pool, hidden)
         # never called "head": a suffix match for it would catch lm_head as well
@@ -261,9 +269,11 @@ class Readout(nn.Module):
         return kept[0], mask
 
     def forward(self, batch: Batch) -> Output:
-        z = self.pool(*self.hidden(batch))
-        last = self.regressor.last(z)
-        y = self.scaler.unscale(self.regressor.outer(last))
+        hidden, mask = self.hidden(batch)
+        with torch.autocast(hidden.device.type, enabled=False):  # the head is float32
+            z = self.pool(hidden, mask)
+            last = self.regressor.last(z)
+            y = self.scaler.unscale(self.regressor.outer(last))
         if self.config.clip and not self.training:
             y = y.clamp(LOWEST, HIGHEST)
         return Output(predictions={"sentiment": y}, pooled=z, last=last)
@@ -310,23 +320,36 @@ def discriminative(
 
 
 def spell(score: float) -> str:
-    """The one format of a label as text: sign, digit, point, digit, such as +1.6."""
+    """The one format of a label as text: sign, digit, point, digit, such as +1.6.
+
+    Clips to [-3, 3]. Raises `ConfigError` for NaN.
+    """
+    if math.isnan(score):
+        raise ConfigError("a label is NaN: there is nothing to write")
     return f"{max(LOWEST, min(HIGHEST, float(score))):+.1f}".replace("-0.0", "+0.0")
 
 
-# a number that is not a piece of a longer word or number: 1.1.1 is none
-_NUMBER = re.compile(r"(?<![\w.,])[+\-\u2212]?(?:\d+(?:[.,]\d+)?|[.,]\d+)(?!\w|[.,]\d)")
+_DASHES = r"+\-\u2212\u2010-\u2015\u00b1"
+# a number that is not a piece of a longer word or number: 1.1.1 is none. What could be
+# its sign is taken along, even where it stands apart or is a word.
+_NUMBER = re.compile(
+    rf"(?<![\w.,{_DASHES}])((?:[{_DASHES}]|\bminus\b|\bnegative\b)\s*)?"
+    r"(\d+(?:[.,]\d+)?|[.,]\d+)(?!\w|[.,]\d)",
+    re.IGNORECASE,
+)
 
 
 def parse_score(text: str) -> float | None:
     """The first number in an answer, or None. Never clips and never guesses.
 
-    A comma or a point may separate the decimals; words for numbers do not count.
+    A comma or a point may separate the decimals; words for numbers do not count. A
+    number whose sign is in doubt ("- 1.2", "minus 1.2") makes the answer unparsable.
     """
     found = _NUMBER.search(text)
-    if found is None:
+    if found is None or found[1] not in (None, "+", "-", "\u2212"):
         return None
-    return float(found[0].replace("\u2212", "-").replace(",", "."))
+    number = float(found[2].replace(",", "."))
+    return -number if found[1] in ("-", "\u2212") else number
 
 
 @dataclass(frozen=True)
@@ -423,10 +446,11 @@ def writing(frozen):
 # --- saving and predicting ------------------------------------------------------------
 
 SETTINGS, HEAD = "readout.json", "regressor.safetensors"
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def save(
-    model: Readout,
+    model: Readout | Generative,
     folder: str | Path,
     *,
     backbone: str,
@@ -436,14 +460,18 @@ def save(
 
     folder/adapter_config.json, adapter_model.safetensors   load with peft alone
     folder/regressor.safetensors   head, pooling and label scaler
-    folder/readout.json            configuration, backbone, how clips are read
+    folder/readout.json            configuration, backbone, how clips are read, and the
+                                   sha256 of the other parts
+
+    The twin has no head: its regressor.safetensors holds the scaler only.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     peft = model.body.model
     name = "default"
     peft.peft_config[name].base_model_name_or_path = backbone
-    peft.save_pretrained(folder)
+    # the vocabulary is as it was: peft need not look for that on the hub
+    peft.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty template
     parts = {
         k: v.detach().cpu().contiguous()
@@ -454,14 +482,21 @@ def save(
     save_file(parts, temporary)
     os.replace(temporary, folder / HEAD)
     settings = {
+        "kind": type(model).__name__.lower(),
         "backbone": backbone,
         "readout": asdict(model.config),
         "media": asdict(media),
         "modalities": list(model.body.modalities),
+        "sha256": {part: _sha256(folder / part) for part in (*ADAPTER, HEAD)},
     }
     temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, folder / SETTINGS)
     return folder
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load(
@@ -470,45 +505,67 @@ def load(
     backbone: str | Path | None = None,
     quantise: bool = True,
     device: str = "auto",
-) -> tuple[Readout, MediaConfig]:
-    """A saved readout on its backbone, in eval mode, and how its clips are read.
+) -> tuple[Readout | Generative, MediaConfig]:
+    """A saved readout (or twin) on its backbone, in eval mode; how its clips are read.
 
     backbone: another place of the same model than the one that was saved, such as a
-    local folder. Raises `ConfigError` when a part is missing or does not fit.
+    local folder. Raises `ConfigError` when a part is missing, damaged or does not fit.
     """
-    from peft import PeftModel
-
     folder = Path(folder)
+    lacking = [n for n in (SETTINGS, HEAD, *ADAPTER) if not (folder / n).is_file()]
+    if lacking:
+        raise ConfigError(
+            f"{folder} holds no readout: {', '.join(lacking)} missing. "
+            "methods.readout.save or scripts/train_readout.py write one."
+        )
     try:
         settings = json.loads((folder / SETTINGS).read_text("utf-8"))
-        parts = load_file(folder / HEAD)
-    except FileNotFoundError as error:
+        damaged = [n for n, d in settings["sha256"].items() if _sha256(folder / n) != d]
+        kept = settings["readout"]
+        config = ReadoutConfig(**(kept | {"suffixes": tuple(kept["suffixes"])}))
+        media = MediaConfig(**settings["media"])
+        kind = {"readout": Readout, "generative": Generative}[settings["kind"]]
+        source, modalities = backbone or settings["backbone"], settings["modalities"]
+    except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(
-            f"{folder} holds no readout: {Path(error.filename or '').name} is missing. "
-            "methods.readout.save or scripts/train_readout.py write one."
-        ) from None
-    kept = settings["readout"]
-    config = ReadoutConfig(**(kept | {"suffixes": tuple(kept["suffixes"])}))
-    thinker = omni.load(
-        backbone or settings["backbone"],
-        quantise=quantise,
-        device=device,
-        modalities=settings["modalities"],
-    )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*")
-        thinker.model = PeftModel.from_pretrained(thinker.model, str(folder))
-    model = Readout(thinker, config)
-    wrong = model.load_state_dict(parts, strict=False)
-    missing = [k for k in wrong.missing_keys if not k.startswith("body.")]
-    if missing or wrong.unexpected_keys:
+            f"{folder / SETTINGS} is damaged or of another version "
+            f"({type(error).__name__}: {error}); save the readout again"
+        ) from error
+    if damaged:
         raise ConfigError(
-            f"{folder / HEAD} does not fit its settings: missing {missing}, unexpected "
-            f"{wrong.unexpected_keys}"
+            f"{', '.join(damaged)} in {folder}: not what was saved there, but damaged "
+            "or of another readout. Copy or save the whole folder again."
         )
-    for part in (model.pool, model.regressor, model.scaler):
-        part.to(thinker.device)
-    return model.eval(), MediaConfig(**settings["media"])
+    thinker = omni.load(source, quantise=quantise, device=device, modalities=modalities)
+    from peft import PeftModel  # after `load`, which keeps what it imports quiet
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*")
+            warnings.filterwarnings("ignore", "Found missing adapter keys")
+            thinker.model = PeftModel.from_pretrained(thinker.model, str(folder))
+        model = kind(thinker, config)
+        found = model.load_state_dict(load_file(folder / HEAD), strict=False)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"{folder} was not made for the backbone {source}: {error}"
+        ) from error
+    with safe_open(folder / ADAPTER[1], "pt") as adapter:
+        stored = len(adapter.keys())
+    wanted = sum("lora_" in name for name, _ in thinker.named_parameters())
+    if stored != wanted:  # peft is silent where the backbone has fewer layers
+        raise ConfigError(
+            f"{folder} was not made for the backbone {source}: it adapts with {stored} "
+            f"matrices, the backbone would have {wanted}"
+        )
+    wrong = [k for k in found.missing_keys if not k.startswith("body.")]
+    wrong += found.unexpected_keys
+    if wrong:
+        raise ConfigError(f"{folder / HEAD} does not fit {SETTINGS}: {wrong}")
+    for name, part in model.named_children():
+        if name != "body":  # which is there, and 4-bit weights bear no second move
+            part.to(thinker.device)
+    return model.eval(), media
 
 
 @dataclass(frozen=True)
@@ -531,46 +588,88 @@ def predict(
 ) -> list[Prediction]:
     """Score video files with a saved readout; unreadable ones are refused by reason.
 
+    paths     files, or folders in MMSA-FET's layout: these stand for all their clips,
+              with the transcripts of their label.csv
     model     folder that `save` wrote; default: the tiny readout of the package, which
-              knows puppets only
+              has learned from the puppets' clips and knows nothing but puppets
     texts     a transcript for each file; without them the model sees and hears only
     backbone  see `load`
+
+    Raises `ConfigError` when the model cannot be loaded, or when there are not as many
+    texts as files.
     """
-    paths = [Path(p) for p in paths]
-    if texts is not None and len(texts) != len(paths):
-        raise ConfigError(f"{len(paths)} clips but {len(texts)} transcripts")
-    readout, media = load(
-        model or omni.tiny_folder() / "readout", backbone=backbone, device=device
-    )
-    clips = [
-        Clip(
-            id=str(k),
-            path=path,
-            text=texts[k] if texts else "",
-            sentiment=0.0,
-            split="valid",
-            video_id="",
-            clip_id=str(k),
-        )
-        for k, path in enumerate(paths)
-    ]
-    refused: dict[str, str] = {}
-    try:
-        corpus = clip_corpus(clips, media, problems=refused)
-    except ClipError:
-        if len(refused) < len(clips):
-            raise
-        corpus = None
+    clips, refused = _clips([Path(p) for p in paths], texts)
+    if model is None:
+        model = omni.tiny_folder() / "readout"
+        if not model.is_dir():
+            raise ConfigError(
+                "this installation lacks the tiny readout, the default model "
+                f"({model}). Name a model: the folder that methods.readout.save or "
+                "scripts/train_readout.py wrote."
+            )
+    reader, media = load(model, backbone=backbone, device=device)
     scores: dict[str, float] = {}
-    if corpus is not None:
-        with torch.inference_mode():
-            for batch in corpus["valid"].batches(batch_size):
-                y = readout(batch.to(readout.body.device)).predictions["sentiment"]
-                scores |= dict(zip(batch.ids, y.flatten().tolist(), strict=True))
-    return [
-        Prediction(str(path), scores.get(str(k)), refused.get(str(k)))
-        for k, path in enumerate(paths)
+    most = 8 * batch_size  # clips in memory at a time
+    for start in range(0, len(clips), most):
+        some = [c for c in clips[start : start + most] if c.id not in refused]
+        scores |= _scores(reader, some, media, batch_size, refused)
+    return [Prediction(str(c.path), scores.get(c.id), refused.get(c.id)) for c in clips]
+
+
+def _clips(paths: list[Path], texts: Sequence[str] | None):
+    """The clips of files and folders, ids 0, 1, ...; and those refused already."""
+    files = [p for p in paths if not p.is_dir()]
+    if texts is not None and len(texts) != len(files):
+        raise ConfigError(
+            f"{len(files)} files but {len(texts)} transcripts: give one for each file, "
+            "an empty one where nothing is known, or none at all"
+        )
+    words = iter(texts or [""] * len(files))
+    found: list[tuple[Path, str, str | None]] = []
+    for path in paths:
+        if not path.is_dir():
+            found.append((path, next(words), None))
+            continue
+        faults: dict[str, str] = {}
+        try:
+            found += [(c.path, c.text, None) for c in read_folder(path, faults)]
+        except ClipError as error:
+            faults = {"": str(error)}
+        found += [(path / row, "", why) for row, why in faults.items()]
+    clips = [
+        Clip(str(k), path, text, 0.0, "valid", video_id="", clip_id=str(k))
+        for k, (path, text, _) in enumerate(found)
     ]
+    return clips, {str(k): why for k, (*_, why) in enumerate(found) if why}
+
+
+def _scores(reader, clips: list[Clip], media, batch_size: int, refused: dict):
+    """Scores of the readable clips by id; the others enter `refused` with a reason."""
+    problems: dict[str, str] = {}
+    try:
+        split = clip_corpus(clips, media, problems=problems)["valid"]
+    except ClipError:
+        if len(problems) < len(clips):
+            raise
+        return {}
+    finally:
+        refused |= problems
+    scores: dict[str, float] = {}
+    if isinstance(reader, Generative):
+        answers = reader.answer(split, batch_size)
+        for i, text, value in zip(
+            answers.ids, answers.texts, answers.values.tolist(), strict=True
+        ):
+            if math.isnan(value):
+                refused[i] = f"the model wrote {text!r}, which holds no score"
+            else:
+                scores[i] = max(LOWEST, min(HIGHEST, value))
+        return scores
+    with torch.inference_mode():
+        for batch in split.batches(batch_size):
+            y = reader(batch.to(reader.body.device)).predictions["sentiment"]
+            scores |= dict(zip(batch.ids, y.flatten().tolist(), strict=True))
+    return scores
 
 
 __all__ = [

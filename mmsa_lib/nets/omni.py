@@ -96,10 +96,10 @@ def tiny_config(tokenizer, **text):
             "fullatt_block_indexes": [1],
         },
         audio_config={
-            "d_model": 64,
+            "d_model": 96,
             "encoder_layers": 2,
             "encoder_attention_heads": 4,
-            "encoder_ffn_dim": 128,
+            "encoder_ffn_dim": 192,
             "output_dim": sizes["hidden_size"],
         },
         audio_token_index=ids("<|AUDIO|>"),
