@@ -425,6 +425,24 @@ def test_saying_is_greedy_and_the_same_each_time(thinker, split, batch, side):
     assert asked != said
 
 
+def test_saying_ends_with_the_turn(thinker, batch):
+    """One word, then <|im_end|>: two passes, not eight, and no mark in the answer."""
+    end, word = *ids_of(thinker, "<|im_end|>"), 100  # some token of letters
+    passes = []
+
+    def force(_, inputs, logits):
+        passes.append(1)
+        logits[..., word if len(passes) == 1 else end] = 1e4
+        return logits
+
+    hook = thinker.model.lm_head.register_forward_hook(force)
+    try:
+        assert thinker.say(batch, most=8) == [thinker.tokenizer.decode([word])] * 3
+    finally:
+        hook.remove()
+    assert len(passes) == 2
+
+
 @torch.no_grad()
 def test_answer_loss_is_the_models_own(thinker, split, batch):
     answers = ["+1.6", "-0.4", "yes, he means it"]
@@ -629,11 +647,10 @@ def test_unknown_source_without_a_network(name, monkeypatch):
 def test_a_folder_asks_nobody(folder, monkeypatch):
     import huggingface_hub
 
-    def refuse():
-        raise AssertionError("asked the hub")
-
-    monkeypatch.setattr(huggingface_hub, "get_session", refuse)
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: asked.append(1))
     assert omni.load(folder, quantise=False).width == 128
+    assert not asked
 
 
 # --- four bits ------------------------------------------------------------------------
