@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["reader", "writer"])
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--head-lr", type=float, default=1e-3)
-    rates = [5e-4, 1e-3, 2e-3, 4e-3]
+    rates = [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3]
     parser.add_argument("--rates", nargs="+", type=float, default=rates)
     parser.add_argument("--seeds", nargs="+", type=int, default=[10, 11])
     parser.add_argument("--out", type=Path, default=Path("results"))
