@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import statistics
 import time
 from dataclasses import replace
 
@@ -686,17 +687,19 @@ def test_what_is_quantised(folder, quantised):
 
 @torch.no_grad()
 def test_error_of_four_bits(plain, quantised, batch):
-    """Some, and no more than NF4's usual tenth of a weight."""
+    """Some: NF4's usual tenth of a weight, more where a matrix has outliers."""
     from bitsandbytes.functional import dequantize_4bit
 
-    exact = dict(plain.model.named_parameters())
+    exact, errors = dict(plain.model.named_parameters()), []
     for name, p in quantised.model.named_parameters():
         if p.dtype == torch.uint8:
             off = dequantize_4bit(p.data, p.quant_state) - exact[name]
             error = off.norm() / exact[name].norm()
-            assert 0.06 < error < 0.12
+            assert 0.06 < error < 0.35
+            errors.append(float(error))
         else:
             assert (p == exact[name]).all()
+    assert 0.07 < statistics.median(errors) < 0.12
 
 
 def test_bytes_by_arithmetic_are_the_bytes_measured(folder, plain):
