@@ -287,13 +287,20 @@ def load_all(folder: Path | None = None) -> list[RunRecord]:
     return sorted(records, key=lambda r: r.created)
 
 
-def find(name: str, corpus: str | None = None, folder: Path | None = None) -> RunRecord:
-    """The newest committed record of that name (and corpus) in ``results/``."""
+def find(
+    name: str,
+    corpus: str | None = None,
+    folder: Path | None = None,
+    kind: str | None = None,
+) -> RunRecord:
+    """The newest committed record of that name (and corpus, kind) in ``results/``."""
     records = load_all(folder or ROOT / "results")
     named = [
         r
         for r in records
-        if r.name == name and (corpus is None or r.corpus.get("name") == corpus)
+        if r.name == name
+        and corpus in (None, r.corpus.get("name"))
+        and kind in (None, r.kind)
     ]
     if not named:
         raise unknown("record", name, {r.name for r in records})

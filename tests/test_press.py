@@ -663,8 +663,8 @@ def imports(code, package):
                 yield base
                 yield from (f"{base}.{n}" for n in names or ()
                             if is_module(f"{base}.{n}"))
-    for const in code.co_consts:
-        if hasattr(const, "co_code"):
+    for const in code.co_consts:  # what is asked for by name only is not reached
+        if hasattr(const, "co_code") and const.co_name != "__getattr__":
             yield from imports(const, package)
 
 def reached(source):

@@ -375,9 +375,8 @@ class Thinker(nn.Module):
             count["vision"] = (tokens * batch.available["vision"]).tolist()
         if self._uses("audio", batch):
             steps = batch.mask["audio"].sum(1)
-            # a stride of 2, then means over 2: a sound this short has no token
-            tokens = ((steps - 1) // 2 - 1) // 2 + 1
-            count["audio"] = torch.where(steps >= 3, tokens, 0).tolist()
+            # a stride of 2, then means over 2; of fewer than 3 steps nothing is left
+            count["audio"] = (((steps - 1) // 2 - 1) // 2 + 1).tolist()
         return count
 
     def _uses(self, modality: str, batch: Batch) -> bool:
