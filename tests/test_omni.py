@@ -599,6 +599,17 @@ def cut_short(place):
     file.write_bytes(file.read_bytes()[:-9])
 
 
+def other_shape(place):
+    """Of a weight that would be quantised, whose shape nobody else looks at."""
+    for file in place.glob("*.safetensors"):
+        weights = load_file(file)
+        for name, w in weights.items():
+            if name.endswith("layers.0.mlp.up_proj.weight"):
+                weights[name] = w[:-2].contiguous()
+                save_file(weights, file, {"format": "pt"})
+                return
+
+
 def other_kind(place):
     (place / "config.json").write_text(json.dumps({"model_type": "bert"}))
 
@@ -613,13 +624,23 @@ def other_tokenizer(place):
     [
         (lose_a_weight, "lacks 1 weights of a Thinker, such as "),
         (cut_short, "no omni-modal model could be loaded from .*Give 'tiny'"),
+        (other_shape, "no omni-modal .*Give|weight of .*up_proj .*shape .382, 128"),
         (other_kind, "model of type bert .*expected qwen2_5_omni or"),
         (lambda p: (p / "config.json").unlink(), "no omni-modal|of type unknown"),
         (lambda p: (p / "config.json").write_text("{"), "no omni-modal .*JSON"),
         (other_tokenizer, "files of the tokenizer are missing or another model's"),
         (lambda p: (p / "model-00001-of-00003.safetensors").unlink(), "no omni-modal"),
     ],
-    ids=["weight", "cut", "kind", "no config", "no JSON", "tokenizer", "shard"],
+    ids=[
+        "weight",
+        "cut",
+        "shape",
+        "kind",
+        "no config",
+        "no JSON",
+        "tokenizer",
+        "shard",
+    ],
 )
 @pytest.mark.parametrize("quantise", [False, True])
 def test_broken_checkpoints_are_refused(
