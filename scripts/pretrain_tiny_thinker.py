@@ -269,7 +269,7 @@ def tower_targets(take: clips.Take, arrays: dict, m: str) -> torch.Tensor:
     """What face or voice shows at each time step of its tower, (T, `TARGETS`).
 
     What it says of sentiment and how far the smile or the pitch is up, both with a
-    variance of about 1; then the contours that it was made from, as they are.
+    variance of about 1; then, halved, the contours that it was made from.
     """
     when = clips.timing(take.script)
     if m == "vision":
@@ -285,10 +285,10 @@ def tower_targets(take: clips.Take, arrays: dict, m: str) -> torch.Tensor:
     ]
     phase = when.phase(times)
     if m == "vision":
-        rows += clips.action_units(take.script, phase).values()
+        rows += [0.5 * x for x in clips.action_units(take.script, phase).values()]
     else:
         voice = clips.voice_channels(take.script, phase)
-        rows += [voice[name] for name in AUDIBLE]
+        rows += [0.5 * voice[name] for name in AUDIBLE]
     return torch.tensor(np.stack(rows, 1), dtype=torch.float32)
 
 
@@ -538,7 +538,7 @@ class Settings:
     tower_steps: int = 2400
     reading_steps: int = 2400
     reading_batch: int = 32
-    clip_steps: int = 2000
+    clip_steps: int = 3000
     batch: int = 16
     rate: float = 1.5e-3
     seed: int = 0
