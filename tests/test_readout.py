@@ -11,7 +11,7 @@ import subprocess
 import sys
 import warnings
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mmsa_lib
-from mmsa_lib import training
+from mmsa_lib import corpora, training
 from mmsa_lib.corpora.clips import puppet_clips
 from mmsa_lib.corpora.media import UNIT, MediaConfig, clip_corpus
 from mmsa_lib.corpora.schema import Card, Corpus, Ragged, Split, make_corpus
@@ -873,8 +873,38 @@ def test_a_readout_of_another_backbone_is_refused(saved, backbone, tmp_path):
     save_file(kept, other / "model.safetensors", {"format": "pt"})
     with pytest.raises(ConfigError, match="not made for the backbone"):
         readout.load(saved, backbone=other, device="cpu")
+    same_shapes = shutil.copytree(backbone, tmp_path / "again")
+    name = next(n for n in weights if n.endswith("input_layernorm.weight"))
+    weights[name] = weights[name] + 0.1
+    save_file(weights, same_shapes / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match="weights there are not those"):
+        readout.load(saved, backbone=same_shapes, device="cpu")
     with pytest.raises(ConfigError, match="no omni-modal model could be loaded"):
         readout.load(saved, backbone=tmp_path / "nowhere", device="cpu")
+
+
+def test_the_fingerprint_is_of_the_backbone_alone(backbone, overfit):
+    """Neither adapters nor the precision of the other weights change it."""
+    plain = thinker(backbone, quantise=False)
+    assert omni.fingerprint(plain) == omni.fingerprint(overfit.module.body)
+    again = omni.load(backbone, device="cpu", quantise=False, compute="bfloat16")
+    assert omni.fingerprint(plain) == omni.fingerprint(again)
+
+
+def test_the_shipped_readout_fits_its_backbone_and_has_learned():
+    """On validation clips, whose labels chose its epoch: better than a constant."""
+    place = omni.tiny_folder()
+    size = sum(p.stat().st_size for p in place.rglob("*") if p.is_file())
+    assert size <= 6_000_000
+    model, media = readout.load(place / "readout", device="cpu")
+    data = corpora.load("puppet-clips")
+    assert asdict(media) == data.card.options
+    truth = data.valid.labels["sentiment"]
+    with torch.inference_mode():
+        said = [model(b).predictions["sentiment"] for b in data.valid.batches(8)]
+    error = np.abs(torch.cat(said).numpy() - truth).mean()
+    middle = np.median(data.train.labels["sentiment"])
+    assert error < 0.8 * np.abs(truth - middle).mean()
 
 
 # --- predicting -----------------------------------------------------------------------

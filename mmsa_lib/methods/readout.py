@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -460,8 +459,8 @@ def save(
 
     folder/adapter_config.json, adapter_model.safetensors   load with peft alone
     folder/regressor.safetensors   head, pooling and label scaler
-    folder/readout.json            configuration, backbone, how clips are read, and the
-                                   sha256 of the other parts
+    folder/readout.json            configuration, backbone and fingerprint, how clips are
+                                   read, and the sha256 of the other parts
 
     The twin has no head: its regressor.safetensors holds the scaler only.
     """
@@ -484,6 +483,7 @@ def save(
     settings = {
         "kind": type(model).__name__.lower(),
         "backbone": backbone,
+        "backbone_sha256": omni.fingerprint(model.body),
         "readout": asdict(model.config),
         "media": asdict(media),
         "modalities": list(model.body.modalities),
@@ -526,6 +526,7 @@ def load(
         media = MediaConfig(**settings["media"])
         kind = {"readout": Readout, "generative": Generative}[settings["kind"]]
         source, modalities = backbone or settings["backbone"], settings["modalities"]
+        trained_on = settings["backbone_sha256"]
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(
             f"{folder / SETTINGS} is damaged or of another version "
@@ -537,6 +538,12 @@ def load(
             "or of another readout. Copy or save the whole folder again."
         )
     thinker = omni.load(source, quantise=quantise, device=device, modalities=modalities)
+    if omni.fingerprint(thinker) != trained_on:
+        raise ConfigError(
+            f"{folder} was not made for the backbone {source}: the weights there are "
+            "not those that it was trained on. Name the right ones, or train it again "
+            "(scripts/train_readout.py)."
+        )
     from peft import PeftModel  # after `load`, which keeps what it imports quiet
 
     try:
@@ -550,14 +557,6 @@ def load(
         raise ConfigError(
             f"{folder} was not made for the backbone {source}: {error}"
         ) from error
-    with safe_open(folder / ADAPTER[1], "pt") as adapter:
-        stored = len(adapter.keys())
-    wanted = sum("lora_" in name for name, _ in thinker.named_parameters())
-    if stored != wanted:  # peft is silent where the backbone has fewer layers
-        raise ConfigError(
-            f"{folder} was not made for the backbone {source}: it adapts with {stored} "
-            f"matrices, the backbone would have {wanted}"
-        )
     wrong = [k for k in found.missing_keys if not k.startswith("body.")]
     wrong += found.unexpected_keys
     if wrong:

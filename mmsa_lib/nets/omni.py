@@ -12,6 +12,7 @@ where they are needed.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import math
 import sys
@@ -283,6 +284,20 @@ def wrap(
         settings = {"use_reentrant": False}
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     return Thinker(model.eval(), tokenizer, padding_side, modalities)
+
+
+def fingerprint(thinker: Thinker) -> str:
+    """sha256 of a model's norms and biases in bfloat16: the weights it started from.
+
+    These are few, no quantisation touches them, and adapters leave them as they are.
+    """
+    digest = hashlib.sha256()
+    for name, p in sorted(thinker.base.named_parameters()):
+        if p.ndim == 1:
+            digest.update(name.replace(".base_layer", "").encode())
+            kept = p.detach().to("cpu", torch.bfloat16)
+            digest.update(kept.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def pick_device(device: str) -> torch.device:
