@@ -459,8 +459,8 @@ def save(
 
     folder/adapter_config.json, adapter_model.safetensors   load with peft alone
     folder/regressor.safetensors   head, pooling and label scaler
-    folder/readout.json            configuration, backbone and fingerprint, how clips are
-                                   read, and the sha256 of the other parts
+    folder/readout.json            configuration, backbone, its fingerprint, how clips
+                                   are read, and the sha256 of the other parts
 
     The twin has no head: its regressor.safetensors holds the scaler only.
     """
