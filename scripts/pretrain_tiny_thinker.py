@@ -9,9 +9,10 @@ beside them the language model learns to predict the next token of transcripts a
 what their words are worth. Then the towers stay as they are, and the language model
 learns to describe clips and to answer questions about them: what the words, the voice
 and the face say, when the pitch is lifted and when the smile comes, whether the speaker
-means it. Nobody asks it here for the sentiment of a clip, so that the book's question
-is new to it. Needs espeak-ng, two cores and about an hour; the result depends on the
-versions that the card names.
+means it; and at last what the words by themselves, and voice and face by themselves,
+are worth if that is heeded. Nobody asks it here for the sentiment of a clip, so that
+the book's question is new to it. Needs espeak-ng, two cores and about an hour; the
+result depends on the versions that the card names.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean as mean
 
@@ -131,12 +133,26 @@ RATE = {
     for part in ("words", "tones", "looks")
 }
 MEANT = "Does the speaker mean it?"
+MEANING = {
+    part: f"How positive or negative are the {part} as meant? Answer from -3.0 to +3.0."
+    for part in ("words", "tones and looks")
+}
 
 
 def percepts(take: clips.Take) -> dict[str, float]:
     """What the words, the voice and the face say by themselves, in label points."""
     script = take.script
     return {"words": script.literal, "tones": script.voice, "looks": script.face}
+
+
+def meanings(take: clips.Take) -> dict[str, float]:
+    """The same, turned round where the speaker does not mean it."""
+    script = take.script
+    delivery = script.voice + script.face
+    return {
+        "words": script.sincerity * script.literal,
+        "tones and looks": script.sincerity * delivery,
+    }
 
 
 def grade(value: float) -> str:
@@ -172,6 +188,13 @@ def exchange(take: clips.Take, rng: np.random.Generator) -> tuple[str, str]:
     if kind == "meant":
         return MEANT, "yes" if take.script.sincerity > 0 else "no"
     return RATE[kind], spell(percepts(take)[kind])
+
+
+def question_of_meaning(take: clips.Take, rng: np.random.Generator) -> tuple[str, str]:
+    if rng.random() < 0.5:
+        return exchange(take, rng)
+    part = str(rng.choice(list(MEANING)))
+    return MEANING[part], spell(meanings(take)[part])
 
 
 def question_of_words(take: clips.Take, rng: np.random.Generator) -> tuple[str, str]:
@@ -424,10 +447,10 @@ def tower_outputs(thinker, chosen, folder) -> list[dict]:
     return found
 
 
-def clip_loss(thinker, rows, outputs, chosen, folder, rng) -> torch.Tensor:
+def clip_loss(thinker, rows, outputs, chosen, folder, rng, ask) -> torch.Tensor:
     """Cross-entropy of answers about clips whose towers have been computed."""
     batch = batch_of(rows, chosen, folder, rng)
-    asked, answers = zip(*(exchange(chosen[i], rng) for i in rows), strict=True)
+    asked, answers = zip(*(ask(chosen[i], rng) for i in rows), strict=True)
     inputs = thinker.inputs(batch, answers, asked)
     ids, model = inputs["input_ids"], thinker.model.model
     embedded = model.get_input_embeddings()(ids)
@@ -459,14 +482,20 @@ def train_clips(thinker, chosen, folder, settings: Settings) -> list[dict]:
     outputs = tower_outputs(thinker, chosen, folder)
     order: list[int] = []
 
-    def loss():
+    def loss(ask):
         if len(order) < settings.batch:
             order[:] = rng.permutation(range(settings.held_out, len(chosen)))
         rows = [int(order.pop()) for _ in range(settings.batch)]
-        return clip_loss(thinker, rows, outputs, chosen, folder, rng)
+        return clip_loss(thinker, rows, outputs, chosen, folder, rng, ask)
 
     parameters = [p for p in thinker.model.parameters() if p.requires_grad]
-    return learn(parameters, settings.clip_steps, settings.rate, "clips", loss)
+    log = []
+    for stage, total, rate, ask in (
+        ("clips", settings.clip_steps, settings.rate, exchange),
+        ("meaning", settings.meaning_steps, settings.rate / 2, question_of_meaning),
+    ):
+        log += learn(parameters, total, rate, stage, partial(loss, ask))
+    return log
 
 
 def pretrain(thinker, chosen, texts, folder: Path, settings: Settings) -> list[dict]:
@@ -499,15 +528,17 @@ def check(
     """
     training = thinker.model.training
     thinker.model.eval()
-    found = {part: [] for part in (*RATE, "meant")}
-    base = {part: [] for part in (*RATE, "meant")}
+    asked = {part: (q, percepts) for part, q in RATE.items()}
+    asked |= {f"{part} as meant": (q, meanings) for part, q in MEANING.items()}
+    found = {part: [] for part in (*asked, "meant")}
+    base = {part: [] for part in (*asked, "meant")}
     for start in range(0, len(held), 16):
         rows = list(range(start, min(start + 16, len(held))))
         batch = batch_of(rows, held, folder)
-        for part, question in RATE.items():
+        for part, (question, truths) in asked.items():
             said = thinker.say(batch, questions=[question] * len(rows))
             for i, text in zip(rows, said, strict=True):
-                truth = percepts(held[i])[part]
+                truth = truths(held[i])[part.removesuffix(" as meant")]
                 found[part].append(abs((parse_score(text) or 0.0) - truth))
                 base[part].append(abs(truth))
         said = thinker.say(batch, questions=[MEANT] * len(rows))
@@ -539,6 +570,7 @@ class Settings:
     reading_steps: int = 2400
     reading_batch: int = 32
     clip_steps: int = 3000
+    meaning_steps: int = 1500
     batch: int = 16
     rate: float = 1.5e-3
     seed: int = 0
