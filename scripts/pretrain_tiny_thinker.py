@@ -594,11 +594,34 @@ def build(texts: list[clips.Take]) -> Thinker:
     return omni.wrap(model, tokenizer)
 
 
+def save_processor(folder: Path, config: MediaConfig = MEDIA) -> None:
+    """The files from which transformers builds the processor beside its tokenizer."""
+    from transformers import WhisperFeatureExtractor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+        Qwen2VLImageProcessorPil,
+    )
+
+    limits = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
+    seen = Qwen2VLImageProcessorPil(size=limits).to_dict()
+    seen["resample"] = int(seen["resample"])
+    heard = WhisperFeatureExtractor(feature_size=128, sampling_rate=HERTZ).to_dict()
+    kind = {"processor_class": "Qwen2_5OmniProcessor"}
+    for name, settings in (
+        ("preprocessor_config.json", seen | heard | kind),
+        (
+            "video_preprocessor_config.json",
+            seen | kind | {"video_processor_type": "Qwen2VLVideoProcessor"},
+        ),
+    ):
+        (folder / name).write_text(json.dumps(settings, indent=1) + "\n")
+
+
 def export(thinker: Thinker, folder: Path, facts: dict) -> None:
-    """Weights in bfloat16, tokenizer, configuration and card."""
+    """Weights in bfloat16, tokenizer, processor, configuration and card."""
     shutil.rmtree(folder, ignore_errors=True)
     thinker.model.to(torch.bfloat16).save_pretrained(folder)
     thinker.tokenizer.save_pretrained(folder)
+    save_processor(folder)
     sizes = Counter()
     for name, p in thinker.model.named_parameters():
         sizes[name.removeprefix("model.").partition(".")[0]] += p.numel()

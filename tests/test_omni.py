@@ -19,7 +19,7 @@ from test_media import as_videos, limits, real_video_processor
 from toy import toy_corpus
 
 from mmsa_lib.corpora.clips import decode, puppet_clips
-from mmsa_lib.corpora.media import RATE, UNIT, MediaConfig, clip_corpus
+from mmsa_lib.corpora.media import UNIT, MediaConfig, clip_corpus
 from mmsa_lib.corpora.schema import Batch
 from mmsa_lib.errors import ConfigError, UnknownNameError
 from mmsa_lib.methods import readout
@@ -121,12 +121,14 @@ def ids_of(thinker, *marks):
 
 
 @pytest.fixture(scope="module")
-def processor(tokenizer):
-    """transformers' Qwen2_5OmniProcessor around this tokenizer.
+def processor(script, tokenizer, tmp_path_factory):
+    """transformers' Qwen2_5OmniProcessor around this tokenizer, from files of its own.
 
     Its video processor needs torchvision, which is not installed; the check of its
     class is all that is overridden.
     """
+    saved = tmp_path_factory.mktemp("processor")
+    script.save_processor(saved, MEDIA)
     from transformers import Qwen2_5OmniProcessor, WhisperFeatureExtractor
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
         Qwen2VLImageProcessorPil,
@@ -137,12 +139,15 @@ def processor(tokenizer):
             return type(argument)
 
     with pytest.MonkeyPatch.context() as patch:
+        video = real_video_processor(patch)
+        told = json.loads((saved / "video_preprocessor_config.json").read_text())
+        assert told["size"] == limits(MEDIA)
+        for name in ("patch_size", "temporal_patch_size", "merge_size"):
+            assert told[name] == getattr(video, name)
         yield Processor(
-            image_processor=Qwen2VLImageProcessorPil(),
-            video_processor=real_video_processor(patch),
-            feature_extractor=WhisperFeatureExtractor(
-                feature_size=128, sampling_rate=RATE, chunk_length=30
-            ),
+            image_processor=Qwen2VLImageProcessorPil.from_pretrained(saved),
+            video_processor=video,
+            feature_extractor=WhisperFeatureExtractor.from_pretrained(saved),
             tokenizer=tokenizer,
         )
 
@@ -937,6 +942,14 @@ def test_benchmark_runs_on_the_tiny_one(benchmark, folder, tmp_path):
 
 
 # --- pretraining of the tiny Thinker --------------------------------------------------
+
+
+def test_the_shipped_processor_is_what_the_script_writes(script, tmp_path):
+    script.save_processor(tmp_path)
+    for path in tmp_path.iterdir():
+        assert path.read_text() == (omni.tiny_folder() / path.name).read_text()
+    card = json.loads((omni.tiny_folder() / "card.json").read_text())
+    assert {p.name for p in tmp_path.iterdir()} < set(card["sha256"])
 
 
 def test_pretraining_pairs_each_clip_with_its_own_script(script, tmp_path, monkeypatch):
