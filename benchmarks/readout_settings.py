@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import multiprocessing
 import os
 import statistics
 from pathlib import Path
@@ -94,20 +95,24 @@ def main() -> None:
     parser.add_argument("--backbone", default=omni.TINY)
     parser.add_argument("--modalities", nargs="+", default=list(omni.MODALITIES))
     parser.add_argument("--kinds", nargs="+", default=["reader", "writer"])
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--head-lr", type=float, default=1e-3)
-    rates = [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
+    rates = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
     parser.add_argument("--rates", nargs="+", type=float, default=rates)
     parser.add_argument("--seeds", nargs="+", type=int, default=[10, 11])
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--dry", action="store_true", help="print only, write nothing")
     args = parser.parse_args()
     data = corpora.load(args.corpus, args.data_dir)
-    rows = [measure(kind, lr, data, args) for kind in args.kinds for lr in args.rates]
-    readers = [row for row in rows if row["kind"] == "reader"]
-    if readers:
-        best = min(readers, key=lambda row: row["valid_mae"])["lr"]
-        rows += [measure("reader", best, data, args, what) for what in CHANGES]
+    with multiprocessing.Pool(args.jobs) as pool:
+        wanted = [(k, lr, data, args) for k in args.kinds for lr in args.rates]
+        rows = pool.starmap(measure, wanted, chunksize=1)
+        readers = [row for row in rows if row["kind"] == "reader"]
+        if readers:
+            best = min(readers, key=lambda row: row["valid_mae"])["lr"]
+            wanted = [("reader", best, data, args, what) for what in CHANGES]
+            rows += pool.starmap(measure, wanted, chunksize=1)
     if not args.dry:
         settings = {
             "corpus": args.corpus,
