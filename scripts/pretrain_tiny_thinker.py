@@ -56,7 +56,7 @@ from mmsa_lib.methods.readout import parse_score, spell
 from mmsa_lib.nets import omni
 from mmsa_lib.nets.omni import Thinker
 
-VERSION = "1"
+VERSION = "2"
 # of the worlds; the clips of the package are of seed 0
 CLIP_SEEDS = range(101, 105)
 TEXT_SEEDS = range(201, 217)
