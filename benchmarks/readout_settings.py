@@ -95,9 +95,9 @@ def main() -> None:
     parser.add_argument("--backbone", default=omni.TINY)
     parser.add_argument("--modalities", nargs="+", default=list(omni.MODALITIES))
     parser.add_argument("--kinds", nargs="+", default=["reader", "writer"])
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--head-lr", type=float, default=1e-3)
-    rates = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
+    rates = [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
     parser.add_argument("--rates", nargs="+", type=float, default=rates)
     parser.add_argument("--seeds", nargs="+", type=int, default=[10, 11])
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
