@@ -9,10 +9,9 @@ beside them the language model learns to predict the next token of transcripts a
 what their words are worth. Then the towers stay as they are, and the language model
 learns to describe clips and to answer questions about them: what the words, the voice
 and the face say, when the pitch is lifted and when the smile comes, whether the speaker
-means it; what the words by themselves, and voice and face by themselves, are worth if
-that is heeded; and at last how happy, sad, angry, surprised, disgusted or afraid the
-speaker is. Nobody asks it here for the sentiment of a clip, so that the book's question
-is new to it. Needs espeak-ng, two cores and about an hour; the
+means it; and at last what the words by themselves, and voice and face by themselves,
+are worth if that is heeded. Nobody asks it here for the sentiment of a clip, so that
+the book's question is new to it. Needs espeak-ng, two cores and about an hour; the
 result depends on the versions that the card names.
 """
 
@@ -156,16 +155,6 @@ def meanings(take: clips.Take) -> dict[str, float]:
     }
 
 
-FEELING = {
-    word: f"How {word} is the speaker? Answer from +0.0 to +3.0."
-    for word in ("happy", "sad", "angry", "surprised", "disgusted", "afraid")
-}  # in the order of the puppets' emotions
-
-
-def feelings(take: clips.Take) -> dict[str, float]:
-    return dict(zip(FEELING, take.script.emotions, strict=True))
-
-
 def grade(value: float) -> str:
     return GRADES[round(max(-3.0, min(3.0, value))) + 3]
 
@@ -206,14 +195,6 @@ def question_of_meaning(take: clips.Take, rng: np.random.Generator) -> tuple[str
         return exchange(take, rng)
     part = str(rng.choice(list(MEANING)))
     return MEANING[part], spell(meanings(take)[part])
-
-
-def question_of_feeling(take: clips.Take, rng: np.random.Generator) -> tuple[str, str]:
-    if rng.random() < 0.5:
-        return question_of_meaning(take, rng)
-    words = list(FEELING)
-    word = words[rng.choice(6, p=[0.3, 0.3, 0.1, 0.1, 0.1, 0.1])]
-    return FEELING[word], spell(feelings(take)[word])
 
 
 def question_of_words(take: clips.Take, rng: np.random.Generator) -> tuple[str, str]:
@@ -512,7 +493,6 @@ def train_clips(thinker, chosen, folder, settings: Settings) -> list[dict]:
     for stage, total, rate, ask in (
         ("clips", settings.clip_steps, settings.rate, exchange),
         ("meaning", settings.meaning_steps, settings.rate / 2, question_of_meaning),
-        ("feeling", settings.feeling_steps, settings.rate / 2, question_of_feeling),
     ):
         log += learn(parameters, total, rate, stage, partial(loss, ask))
     return log
@@ -550,7 +530,6 @@ def check(
     thinker.model.eval()
     asked = {part: (q, percepts) for part, q in RATE.items()}
     asked |= {f"{part} as meant": (q, meanings) for part, q in MEANING.items()}
-    asked |= {word: (FEELING[word], feelings) for word in ("happy", "sad")}
     found = {part: [] for part in (*asked, "meant")}
     base = {part: [] for part in (*asked, "meant")}
     for start in range(0, len(held), 16):
@@ -592,7 +571,6 @@ class Settings:
     reading_batch: int = 32
     clip_steps: int = 3000
     meaning_steps: int = 1500
-    feeling_steps: int = 1200
     batch: int = 16
     rate: float = 1.5e-3
     seed: int = 0
