@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import math
 import re
 import warnings
@@ -720,6 +721,18 @@ def test_the_two_ends_of_the_scale_and_what_cannot_be_matched():
     base = backbone().eval()
     head = count_parameters(base.head)[1]
     assert count_parameters(efficient.head_only(base))[0] == head
+    probe = efficient.linear_probe(base)
+    assert count_parameters(probe)[0] == 3 * 8 + 1
+    batch = batch_of(base.config.dims)
+    with torch.no_grad():
+        out = base.head.out.weight.new_zeros(1, 3 * 8).index_fill_(
+            1, torch.tensor([2]), 1.0
+        )
+        probe.base.head.out.weight.copy_(out)
+        probe.base.head.out.bias.zero_()
+        pooled = base(batch).pooled
+    assert torch.allclose(predict(probe, batch), pooled[:, 2:3], atol=1e-6)
+    assert all(v > 0 for v in gradients(probe.train(), batch).values())
     everything = efficient.full(base)
     assert count_parameters(everything)[0] == count_parameters(base)[1]
     assert everything.training and everything is not base
@@ -743,6 +756,81 @@ def test_lmf_multiplies_and_concat_does_not_need_to():
     assert mixed.abs().max() > 0.1
     second = f(3, 1) - 2 * f(2, 1) + f(1, 1)
     assert second.abs().max() < 1e-4 * f(3, 1).abs().max() + 1e-5
+
+
+def write_encoders(folder):
+    """A tiny random BERT and ViT with their tokenizer and processor, on disk."""
+    from transformers import BertConfig, BertModel, BertTokenizer, ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hot", "soup", "cake"]
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("\n".join(words))
+    small = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    bert = BertConfig(vocab_size=len(words), hidden_size=8, **small)
+    BertModel(bert).save_pretrained(folder / "text")
+    BertTokenizer(str(vocabulary)).save_pretrained(folder / "text")
+    vit = ViTConfig(hidden_size=12, **small, image_size=8, patch_size=4)
+    ViTModel(vit).save_pretrained(folder / "image")
+    processor = {"image_processor_type": "ViTImageProcessor"}
+    processor["size"] = {"height": 8, "width": 8}
+    text = json.dumps(processor)
+    (folder / "image" / "preprocessor_config.json").write_text(text)
+    return {"text": folder / "text", "image": folder / "image"}
+
+
+def test_raw_pairs_through_frozen_encoders(tmp_path):
+    """Texts and images in, a stored corpus with their hidden states out; no network."""
+    from PIL import Image
+
+    encoders = write_encoders(tmp_path)
+    rows, texts = {}, ["hot soup", "cake", "hot cake soup"]
+    for split in ("train", "valid", "test"):
+        rows[split] = []
+        for i, words in enumerate(texts):
+            file = tmp_path / f"{split}-{i}.png"
+            Image.new("RGB", (9, 7), (80 * i, 10, 10)).save(file)
+            rows[split].append((f"{split}-{i}", words, file, i))
+    card = Card("food101", "made up", "tests", "none", synthetic=True)
+    folder = tmp_path / "stored" / "food101"
+    efficient.encode_pairs(rows, folder, card, **encoders, batch_size=2)
+    corpus = store.open_store(folder)
+    assert corpus.dims == {"text": 8, "vision": 12}
+    text, vision = (corpus.train.features[m] for m in ("text", "vision"))
+    assert text.lengths.tolist() == [4, 3, 5]  # [CLS] words [SEP]
+    assert vision.lengths.tolist() == [5, 5, 5]  # [CLS] and four patches
+    assert corpus.train.labels["class"].ravel().tolist() == [0, 1, 2]
+    assert corpus.card.options == {"text_encoder": "text", "image_encoder": "image"}
+    assert [p.name for p in folder.parent.iterdir()] == ["food101"]
+    from transformers import BertModel
+
+    words = torch.tensor([[2, 5, 7, 6, 3]])
+    model = BertModel.from_pretrained(encoders["text"]).eval()
+    with torch.no_grad():
+        alone = model(words).last_hidden_state[0].numpy()
+    np.testing.assert_allclose(text[2], alone, atol=5e-3)  # padding changed nothing
+    assert np.abs(vision[0] - vision[1]).max() > 1e-2
+    file.write_text("no image")
+    with pytest.raises(CorpusError, match=r"test-2.png is no readable image"):
+        efficient.encode_pairs(rows, tmp_path / "again", card, **encoders)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CorpusError, match="empty' could not be loaded"):
+        missing = encoders | {"text": tmp_path / "empty"}
+        efficient.encode_pairs(rows, tmp_path / "again", card, **missing)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("place", ["head", "layers"])
+def test_on_a_gpu_as_on_the_cpu(place):
+    model = attached(gate_init=0.5, place=place)
+    lengths = {"text": [5, 2, 1, 4], "audio": [7, 3, 7, 1], "vision": [6, 6, 1, 0]}
+    batch = batch_of(model.base.config.dims, lengths=lengths)
+    expected = predict(model, batch)
+    model, batch = model.cuda(), batch.to("cuda")
+    found = predict(model, batch)
+    assert found.is_cuda
+    torch.testing.assert_close(found.cpu(), expected, atol=1e-4, rtol=1e-4)
+    assert all(v > 0 for v in gradients(model.train(), batch).values())
 
 
 def test_the_module_says_that_the_copies_are_second_hand():
@@ -788,10 +876,18 @@ def test_the_chapter_runs_on_class_labels(
     class_corpus(name, widths, classes, tmp_path)
     monkeypatch.setenv("MMSA_RECORDS", str(tmp_path / "records"))
     chapter = read_chapter(ROOT / "book" / "wander.md", "book/wander")
-    given = {"corpus": name, "data_dir": str(tmp_path), "seeds": [0], "epochs": 1}
+    given = {
+        "profile": "quick",
+        "corpus": name,
+        "data_dir": str(tmp_path),
+        "seeds": [0],
+        "epochs": 1,
+    }
     given |= {"rank": 2, "factors": 2, "out_tokens": 2, "device": "cpu"}
-    wanted = ("standardised(", "l1(label)", "def backbone", "def experiment")
-    wanted += ("builders = ", "results = ", "info = ", "def results_table", "rivals =")
+    wanted = ("standardised(", "l1(label)", "PLANS = ", "def settings")
+    wanted += ("def backbone", "source = world", "def trainer", "def experiment")
+    wanted += ("builders = ", "def gate_closed", "results = ", "fast, k = ")
+    wanted += ("def as_it_was", "info = ", "def results_table", "rivals =")
     page, cells = {"display": lambda *shown: None}, 0
     for cell in chapter.cells:
         if "parameters" in cell.tags:

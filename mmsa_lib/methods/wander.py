@@ -144,7 +144,8 @@ class Wander(nn.Module):
 
     def fuse(self, hidden: Hidden, masks: Hidden) -> Tensor:
         """F / sqrt(R_t R_d), (B, T_o, d): the boxed equation. No outer product is ever
-        there; time and memory grow linearly with the number of modalities.
+        there; time and memory grow linearly with the number of modalities. Raises
+        `ConfigError` where real steps are beyond `max_len`.
         """
         c = self.config
         tied = c.cp == "tied"
@@ -198,7 +199,7 @@ class Wander(nn.Module):
         return out, mask
 
     def read(self, hidden: Hidden, masks: Hidden) -> Tensor:
-        """c (B, d), the read-out of the fused sequence."""
+        """c (B, d), the read-out of the fused sequence; `ConfigError` as in `fuse`."""
         out, mask = self(hidden, masks)
         if self.config.readout == "first":
             return out[:, 0]
@@ -291,7 +292,7 @@ class OfficialWander(nn.Module):
         return out, torch.ones(out.shape[:2], dtype=torch.bool, device=out.device)
 
     def read(self, hidden: Hidden, masks: Hidden | None = None) -> Tensor:
-        """Row 0, (B, d)."""
+        """Row 0, (B, d); `ConfigError` unless every sequence has exactly T_m steps."""
         return self(hidden)[0][:, 0]
 
 
