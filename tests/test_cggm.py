@@ -365,18 +365,8 @@ def test_any_number_of_modalities(M):
         assert len(rule.trace) == 8
 
 
-def with_classes(corpus, k=3):
-    """The same corpus with `k` classes of sentiment, equally frequent."""
-    edges = np.quantile(corpus.train.labels["sentiment"], np.arange(1, k) / k)
-    splits = {}
-    for name, s in corpus.splits.items():
-        labels = {"class": np.digitize(s._labels["sentiment"][:, 0], edges)}
-        splits[name] = s._with(labels=labels)
-    return type(corpus)(corpus.name, corpus.card, splits)
-
-
 def test_classification():
-    corpus = with_classes(CORPUS)
+    corpus = CORPUS.with_classes("sentiment", (-0.3, 0.3))
     rule = GradientModulator(task="classification", label="class")
     frozen = fit(
         lambda: middle(corpus, outputs={"class": 3}),
