@@ -6,10 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 from toy import ToyModel, toy_corpus
 
-from mmsa_lib.corpora import lesions
+from mmsa_lib.corpora import lesions, store
 from mmsa_lib.errors import ConfigError, CorpusError, TrainingError, UnknownNameError
 from mmsa_lib.methods.cggm import (
     OGMGE,
@@ -39,6 +40,7 @@ from mmsa_lib.nets import (
     modality_modules,
 )
 from mmsa_lib.nets.segmentation import SegmentationNet, pixel_loss
+from mmsa_lib.press.chapters import open_book
 from mmsa_lib.training import TrainConfig, cross_entropy, evaluate, fit, l1
 
 CPU = torch.device("cpu")
@@ -937,3 +939,26 @@ def test_modality_dropout_drops_in_training_and_never_everything():
     assert seen[-1] is batch
     with pytest.raises(ConfigError, match="probability"):
         ModalityDropout(1.0)
+
+
+# ------------------------------------------------------------- the chapter
+
+
+def test_chapter_runs_on_a_corpus_with_class_labels(tmp_path, monkeypatch):
+    """As it would on IEMOCAP or Food-101; its exercises' solutions run with it."""
+    monkeypatch.setenv("MMSA_RECORDS", str(tmp_path / "records"))
+    corpus = corpus_of(2, (40, 20, 20)).with_classes("sentiment", (-0.3, 0.3))
+    store.write(corpus, tmp_path / "given")
+    cells = open_book(ROOT).chapters["cggm"].cells
+    assert sum("assert" in c.source for c in cells) > 15
+    space = {"__name__": "chapter"}
+    for cell in cells:
+        exec(compile(cell.source, f"book/cggm.md:{cell.line}", "exec"), space)
+        if "parameters" in cell.tags:
+            space |= {"corpus": "given", "data_dir": str(tmp_path)}
+            space |= {"seeds": [0], "epochs": 1, "device": "cpu"}
+    made = {r.name: r for r in space["made"]}
+    assert space["label"] == "class"
+    assert 0 <= made["modulated"].mean("test.acc") <= 100
+    assert made["modulated"].corpus["sha256"] == corpus.fingerprint
+    assert {"text-alone", "audio-alone"} < set(made)
