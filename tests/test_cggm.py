@@ -950,7 +950,7 @@ def test_chapter_runs_on_a_corpus_with_class_labels(tmp_path, monkeypatch):
     corpus = corpus_of(2, (40, 20, 20)).with_classes("sentiment", (-0.3, 0.3))
     store.write(corpus, tmp_path / "given")
     cells = open_book(ROOT).chapters["cggm"].cells
-    assert sum("assert" in c.source for c in cells) > 15
+    assert sum("assert" in c.source for c in cells) >= 12
     space = {"__name__": "chapter"}
     for cell in cells:
         exec(compile(cell.source, f"book/cggm.md:{cell.line}", "exec"), space)
