@@ -287,13 +287,20 @@ def load_all(folder: Path | None = None) -> list[RunRecord]:
     return sorted(records, key=lambda r: r.created)
 
 
-def find(name: str, corpus: str | None = None, folder: Path | None = None) -> RunRecord:
-    """The newest committed record of that name (and corpus) in ``results/``."""
+def find(
+    name: str,
+    corpus: str | None = None,
+    folder: Path | None = None,
+    kind: str | None = None,
+) -> RunRecord:
+    """The newest committed record of that name (and corpus, kind) in ``results/``."""
     records = load_all(folder or ROOT / "results")
     named = [
         r
         for r in records
-        if r.name == name and (corpus is None or r.corpus.get("name") == corpus)
+        if r.name == name
+        and corpus in (None, r.corpus.get("name"))
+        and kind in (None, r.kind)
     ]
     if not named:
         raise unknown("record", name, {r.name for r in records})
@@ -373,7 +380,8 @@ def experiment(
     """Train once a seed, evaluate the frozen result on the test split, record it all.
 
     train: ``train(seed) -> Frozen`` (`training.fit` or `training.select`).
-    Returns the saved record; metrics under every convention are in ``per_seed``.
+    Returns the saved record; metrics under every convention are in ``per_seed``: those
+    of sentiment, or of classes where the label is one.
     """
     from mmsa_lib import training
 
@@ -391,9 +399,9 @@ def experiment(
             predictions = training.evaluate(frozen, corpus, split, label=label)
             entry[split] = _report(predictions)
             if split == "test":
-                entry["predictions"] = [
-                    round(float(p), 4) for p in predictions.prediction
-                ]
+                found = predictions.prediction
+                found = found.argmax(1) if _classes(predictions) else found
+                entry["predictions"] = [round(float(p), 4) for p in found]
                 entry["test_ids_sha256"] = hashlib.sha256(
                     "\0".join(predictions.ids).encode()
                 ).hexdigest()
@@ -495,13 +503,22 @@ def holm(*records: RunRecord) -> list[RunRecord]:
     return adjusted
 
 
+def _classes(predictions) -> bool:
+    """Class labels (n,) with one score a class, not sentiment."""
+    return predictions.truth.dtype.kind == "i"
+
+
 def _report(predictions) -> dict[str, float | None]:
     from mmsa_lib import metrics
 
+    truth, prediction = predictions.truth, predictions.prediction
     with warnings.catch_warnings():
         # a constant predictor has no correlation; the record says so with null
         warnings.filterwarnings("ignore", "correlation is undefined")
-        report = metrics.sentiment_report(predictions.truth, predictions.prediction)
+        if _classes(predictions):
+            report = metrics.classification_report(truth, prediction.argmax(1))
+        else:
+            report = metrics.sentiment_report(truth, prediction)
     return {k: None if math.isnan(v) else round(float(v), 6) for k, v in report.items()}
 
 

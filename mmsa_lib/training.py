@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 from mmsa_lib.corpora.schema import Batch, Corpus, Receipt, Split
 from mmsa_lib.errors import SealedError, TrainingError, unknown
 from mmsa_lib.methods.rule import Rule
+from mmsa_lib.nets.ops import keep_4bit_format
 
 Loss = Callable[[object, Batch], Tensor]  # (Output, Batch) -> scalar
 
@@ -40,11 +41,15 @@ class TrainConfig:
     epochs            most epochs to run
     batch_size        samples a step and process (before accumulation)
     lr, weight_decay  of `optimiser`: "adam", "adamw" or "sgd" (momentum 0.9)
+    group_lr          own rate of the parameters whose name starts with a key, such as
+                      {"regressor": 1e-3}; the longest key counts, the rest has `lr`
     schedule          "constant", "plateau" (x0.1 after 10 flat epochs) or "cosine"
                       (per step, after a linear `warmup` fraction of all steps)
     clip              largest gradient norm, None for no clipping
     patience          epochs without a better validation loss before stopping
     accumulate        batches a step
+    eval_batch_size   samples a batch without gradients (validation, prediction)
+    bucketed          samples of similar length share a batch: less padding
     precision         "no", "bf16" or "fp16"
     device            "auto", "cpu" or "cuda"
     seed              of initialisation, order and dropout
@@ -55,6 +60,7 @@ class TrainConfig:
     epochs: int = 30
     batch_size: int = 64
     lr: float = 1e-3
+    group_lr: Mapping[str, float] = field(default_factory=dict)
     weight_decay: float = 0.0
     optimiser: str = "adam"
     schedule: str = "constant"
@@ -62,6 +68,8 @@ class TrainConfig:
     clip: float | None = 0.8
     patience: int | None = None
     accumulate: int = 1
+    eval_batch_size: int = 256
+    bucketed: bool = False
     precision: str = "no"
     device: str = "auto"
     seed: int = 0
@@ -77,7 +85,7 @@ class TrainConfig:
         ):
             if getattr(self, name) not in known:
                 raise unknown(name, str(getattr(self, name)), known)
-        for name in ("epochs", "batch_size", "accumulate"):
+        for name in ("epochs", "batch_size", "accumulate", "eval_batch_size"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} must be at least 1: {getattr(self, name)}")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -131,13 +139,16 @@ class Frozen:
         return facts
 
     def save(self, path: Path) -> Path:
-        """Write the trained weights as safetensors, atomically."""
+        """Write the trained part as safetensors, atomically.
+
+        `load_trained` puts it back into a freshly built module.
+        """
         if self.module is None:
             raise TrainingError("only a trained module has weights to save")
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file(_contiguous(self.module.state_dict()), temporary)
+        save_file(_copy(trained_state(self.module)), temporary)
         os.replace(temporary, path)
         return path
 
@@ -202,6 +213,39 @@ def train_mode(model: nn.Module) -> None:
             part.training = False
 
 
+def trained_state(module: nn.Module) -> dict[str, Tensor]:
+    """What training changes: what a checkpoint, the best epoch and a file keep.
+
+    Parameters that require a gradient and persistent buffers outside the parts that
+    `freeze` has marked, named as in the module's state dict and not copied.
+    """
+    state = {
+        name: parameter.detach()
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if parameter.requires_grad
+    }
+    for prefix, part in module.named_modules(remove_duplicate=False):
+        if getattr(part, "_mmsa_frozen", False):
+            continue
+        for name, buffer in part._buffers.items():
+            if buffer is not None and name not in part._non_persistent_buffers_set:
+                state[f"{prefix}.{name}" if prefix else name] = buffer
+    return state
+
+
+def load_trained(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put a `trained_state` back. Raises `TrainingError` unless the names agree."""
+    wanted = trained_state(module).keys()
+    missing, unexpected = sorted(wanted - state.keys()), sorted(state.keys() - wanted)
+    if missing or unexpected:
+        lacks, extra = _shorten(missing) or "none", _shorten(unexpected) or "none"
+        raise TrainingError(
+            f"these are not the trained weights of this model: missing {lacks}; "
+            f"unexpected {extra}. Build it as it was trained, the same parts frozen."
+        )
+    module.load_state_dict(state, strict=False)  # what is frozen stays as it is
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch."""
     random.seed(seed)
@@ -213,19 +257,39 @@ def seed_everything(seed: int) -> None:
 
 
 class EpochBatches:
-    """Batch sampler whose order depends on (seed, epoch) alone; can skip a head."""
+    """Batch sampler of one process; a function of (seed, epoch) alone, can skip a head.
 
-    def __init__(self, n: int, batch_size: int, seed: int):
+    Batch k of an epoch goes to process k % world. All processes must take every step,
+    so one that has run out gets a batch again, which `fit` gives no weight.
+
+    lengths   (n,) to put samples of similar length into one batch; None: at random
+    """
+
+    def __init__(self, n, batch_size, seed, lengths=None, rank=0, world=1):
         self.n, self.batch_size, self.seed = n, batch_size, seed
-        self.epoch, self.skip, self.drop_last = 0, 0, False
+        self.lengths, self.rank, self.world = lengths, rank, world
+        self.count = math.ceil(n / batch_size)  # of all processes
+        self.epoch, self.skip = 0, 0
 
     def __len__(self) -> int:
-        return math.ceil(self.n / self.batch_size) - self.skip
+        return math.ceil(self.count / self.world) - self.skip
+
+    def _all(self) -> list[np.ndarray]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        if self.lengths is None:
+            cuts = range(self.batch_size, self.n, self.batch_size)
+            return np.split(rng.permutation(self.n), cuts)
+        # lengths blurred by a tenth, or every epoch would have the same batches; sizes
+        # differ by one at most, or the longest samples would make the one small batch
+        order = np.argsort(self.lengths * rng.uniform(0.9, 1.1, self.n))
+        batches = np.array_split(order, self.count)
+        return [batches[k] for k in rng.permutation(self.count)]
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
-        for start in range(self.skip * self.batch_size, self.n, self.batch_size):
-            yield order[start : start + self.batch_size].tolist()
+        batches = self._all()
+        for number in range(self.skip, self.skip + len(self)):
+            k = number * self.world + self.rank
+            yield batches[k % self.count].tolist()
 
 
 # ---------------------------------------------------------------- the loop
@@ -245,6 +309,10 @@ def fit(
     loss    (Output, Batch) -> scalar; default `l1("sentiment")`; the same function,
             averaged over samples, is the selection metric on `corpus.valid`
 
+    Only the trained part (`trained_state`) is kept and written: `build` must give the
+    frozen part the same each time. Several processes (torchrun) give what one gives
+    with as many times `accumulate`; batch statistics (BatchNorm) are the exception.
+
     Raises `TrainingError` for a NaN or infinite loss or gradient (naming the batch and
     its ids) and for a checkpoint of another run; resumes exactly after a kill when
     ``config.checkpoint`` is set.
@@ -253,17 +321,23 @@ def fit(
     accelerator = _accelerator(config)
     seed_everything(config.seed)
     model = build()
+    keep_4bit_format(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise TrainingError("no parameter of the model requires a gradient")
-    batches = EpochBatches(len(corpus.train), config.batch_size, config.seed)
-    loader = DataLoader(
-        range(len(corpus.train)), batch_sampler=batches, collate_fn=corpus.train.batch
+    world, rank = accelerator.num_processes, accelerator.process_index
+    batches = EpochBatches(
+        len(corpus.train),
+        config.batch_size,
+        config.seed,
+        corpus.train.lengths if config.bucketed else None,
+        rank,
+        world,
     )
-    optimiser = _optimiser(config, parameters)
-    model, optimiser, loader = accelerator.prepare(model, optimiser, loader)
-    world = accelerator.num_processes
-    per_epoch = math.ceil(len(batches) / world / config.accumulate)
+    optimiser = _optimiser(config, _groups(config, model))
+    model, optimiser = accelerator.prepare(model, optimiser)
+    loader = _loader(corpus.train, batches, accelerator.device)
+    per_epoch = math.ceil(len(batches) / config.accumulate)
     scheduler = _scheduler(config, optimiser, per_epoch)
     for rule in rules:
         rule.setup(accelerator.unwrap_model(model), accelerator.device)
@@ -273,13 +347,14 @@ def fit(
     bar = _progress(config.epochs, state.epoch)
     while state.epoch < config.epochs and not state.stopped(config.patience):
         start = time.perf_counter()
-        batches.epoch, batches.skip = state.epoch, state.batches_done * world
+        batches.epoch, batches.skip = state.epoch, state.batches_done
         train_mode(model)
         for number, batch in enumerate(loader, start=state.batches_done):
             # the random stream of a batch depends on its place alone: a resumed run
             # and a run on several processes draw the same dropout masks
-            place = (state.epoch * 1_000_003 + number) * world
-            torch.manual_seed(config.seed * 7_919 + place + accelerator.process_index)
+            k = number * world + rank
+            torch.manual_seed(config.seed * 7_919 + state.epoch * 1_000_003 + k)
+            counts = int(k < batches.count)  # 0: given again, to keep step
             with accelerator.accumulate(model):
                 output = model(batch)
                 value = loss(output, batch)
@@ -287,7 +362,7 @@ def fit(
                 for rule in rules:
                     total = rule.loss(output, batch, total)
                 _require_finite(total, output, batch, state.epoch, number)
-                accelerator.backward(total)
+                accelerator.backward(total * counts)
                 if accelerator.sync_gradients:
                     _step(accelerator, model, optimiser, parameters, rules, config,
                           batch, state.epoch, number)  # fmt: skip
@@ -295,8 +370,8 @@ def fit(
                         scheduler.step()
                 optimiser.zero_grad()
             state.batches_done = number + 1
-            state.loss_sum += float(value.detach()) * len(batch)
-            state.samples += len(batch)
+            state.loss_sum += float(value.detach()) * len(batch) * counts
+            state.samples += len(batch) * counts
             every = config.checkpoint_steps
             if every and accelerator.sync_gradients and state.batches_done % every == 0:
                 state.save()
@@ -310,7 +385,7 @@ def fit(
     bar.close()
 
     module = accelerator.unwrap_model(model)
-    module.load_state_dict(state.best)
+    load_trained(module, state.best)
     module.eval()
     trainable, count = _count(module)
     receipt = Receipt(
@@ -357,7 +432,7 @@ def _accelerator(config: TrainConfig):
     with warnings.catch_warnings():
         # a bar of widgets would be nicer, tqdm says at import; nobody asked for one
         warnings.filterwarnings("ignore", "IProgress not found")
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
         from accelerate.state import AcceleratorState, PartialState
 
     cpu = config.device == "cpu" or not torch.cuda.is_available()
@@ -370,7 +445,36 @@ def _accelerator(config: TrainConfig):
         mixed_precision=config.precision,
         gradient_accumulation_steps=config.accumulate,
         step_scheduler_with_optimizer=False,
+        # parts of a model may see no gradient: an absent modality's encoder
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+
+
+def _loader(split: Split, batches: EpochBatches, device: torch.device) -> DataLoader:
+    """Accelerate's loader (it knows the last batch) without its way of sharding."""
+    from accelerate.data_loader import prepare_data_loader
+
+    loader = DataLoader(
+        range(len(split)), batch_sampler=batches, collate_fn=split.batch
+    )
+    return prepare_data_loader(
+        loader, device, num_processes=1, process_index=0, put_on_device=True
+    )
+
+
+def _groups(config: TrainConfig, model: nn.Module) -> list[dict]:
+    """The trained parameters with the learning rate of each group of them."""
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for key in config.group_lr:
+        if not any(name.startswith(key) for name in trained):
+            parts = {name.split(".")[0] for name in trained}
+            raise unknown("trained parameter of group_lr", key, parts)
+    groups: dict[str, list] = {}
+    for name, parameter in trained.items():
+        keys = [key for key in config.group_lr if name.startswith(key)]
+        groups.setdefault(max(keys, key=len, default=""), []).append(parameter)
+    rates = {"": config.lr} | dict(config.group_lr)
+    return [{"params": group, "lr": rates[key]} for key, group in groups.items()]
 
 
 def _optimiser(config: TrainConfig, parameters) -> torch.optim.Optimizer:
@@ -445,6 +549,7 @@ class _State:
         self.history: list[dict] = []
         self.best: dict[str, Tensor] = {}
         self.best_value, self.best_epoch = math.inf, None
+        self.key = self._run_key()
 
     @property
     def module(self) -> nn.Module:
@@ -455,13 +560,18 @@ class _State:
         folder = self.config.checkpoint
         return Path(folder) / "state.pt" if folder else None
 
-    def run_key(self) -> str:
+    def _run_key(self) -> str:
         """Identifies the run: a checkpoint of another one must not be continued."""
         config = asdict(self.config)
-        for key in ("checkpoint", "checkpoint_steps", "device"):
+        for key in ("checkpoint", "checkpoint_steps", "device", "eval_batch_size"):
             config.pop(key)
-        shapes = [(k, tuple(v.shape)) for k, v in self.module.state_dict().items()]
-        text = f"{sorted(config.items())} {self.corpus.fingerprint} {shapes}"
+        trained = trained_state(self.module)
+        shapes = [
+            (name, tuple(tensor.shape), name in trained)
+            for name, tensor in self.module.state_dict().items()
+        ]
+        world = self.accelerator.num_processes  # it decides whose batch is next
+        text = f"{sorted(config.items())} {world} {self.corpus.fingerprint} {shapes}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def stopped(self, patience: int | None) -> bool:
@@ -469,17 +579,21 @@ class _State:
             return False
         return self.epoch - 1 - self.best_epoch >= patience
 
-    def end_epoch(self, valid: float, seconds: float) -> None:
-        # every process needs the same training loss: sum it over all of them
+    def totals(self) -> tuple[float, int]:
+        """Training loss and samples of the epoch so far, summed over all processes."""
         sums = torch.tensor(
             [self.loss_sum, self.samples],
             dtype=torch.float64,
             device=self.accelerator.device,
         )
         sums = self.accelerator.reduce(sums, reduction="sum")
+        return float(sums[0]), int(sums[1])
+
+    def end_epoch(self, valid: float, seconds: float) -> None:
+        loss_sum, samples = self.totals()
         row = {
             "epoch": self.epoch,
-            "train": float(sums[0] / sums[1]),
+            "train": loss_sum / samples,
             "valid": valid,
             "seconds": round(seconds, 3),
         }
@@ -488,18 +602,19 @@ class _State:
         self.history.append(row)
         if valid < self.best_value:
             self.best_value, self.best_epoch = valid, self.epoch
-            self.best = {
-                k: v.detach().cpu().clone() for k, v in self.module.state_dict().items()
-            }
+            self.best = _copy(trained_state(self.module))
         self.epoch += 1
         self.batches_done, self.samples, self.loss_sum = 0, 0, 0.0
 
     def save(self) -> None:
-        if self.path is None or not self.accelerator.is_main_process:
+        if self.path is None:
+            return
+        loss_sum, samples = self.totals()  # all processes, before the others leave
+        if not self.accelerator.is_main_process:
             return
         body = {
-            "key": self.run_key(),
-            "model": self.module.state_dict(),
+            "key": self.key,
+            "model": trained_state(self.module),
             "optimiser": self.optimiser.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler else {},
             "scaler": self.accelerator.scaler.state_dict()
@@ -508,8 +623,8 @@ class _State:
             "rules": [rule.state_dict() for rule in self.rules],
             "epoch": self.epoch,
             "batches_done": self.batches_done,
-            "samples": self.samples,
-            "loss_sum": self.loss_sum,
+            "samples": samples,
+            "loss_sum": loss_sum,
             "history": self.history,
             "best": self.best,
             "best_value": self.best_value,
@@ -541,12 +656,12 @@ class _State:
                 f"the checkpoint {self.path} cannot be read ({error}). Delete it to "
                 "start again."
             ) from error
-        if body["key"] != self.run_key():
+        if body["key"] != self.key:
             raise TrainingError(
                 f"the checkpoint {self.path} belongs to another run (its configuration,"
                 " corpus or model differ). Delete it or choose another folder."
             )
-        self.module.load_state_dict(body["model"])
+        load_trained(self.module, body["model"])
         self.optimiser.load_state_dict(body["optimiser"])
         if self.scheduler:
             self.scheduler.load_state_dict(body["scheduler"])
@@ -559,6 +674,8 @@ class _State:
             "history", "best", "best_value", "best_epoch",
         ):  # fmt: skip
             setattr(self, name, body[name])
+        if not self.accelerator.is_main_process:  # the file holds the sums of all
+            self.samples, self.loss_sum = 0, 0.0
 
 
 def _count(module: nn.Module) -> tuple[int, int]:
@@ -566,7 +683,7 @@ def _count(module: nn.Module) -> tuple[int, int]:
     return sum(n for n, train in sizes if train), sum(n for n, _ in sizes)
 
 
-def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
 
 
@@ -582,8 +699,6 @@ def weights_sha256(module: nn.Module) -> str:
 
 # ---------------------------------------------------------------- the evaluator
 
-EVAL_BATCH = 256
-
 
 @torch.inference_mode()
 def _mean_loss(module: nn.Module, split: Split, loss: Loss, config) -> float:
@@ -591,7 +706,7 @@ def _mean_loss(module: nn.Module, split: Split, loss: Loss, config) -> float:
     device = next(module.parameters()).device
     module.eval()
     total = 0.0
-    for batch in split.batches(EVAL_BATCH):
+    for batch in split.batches(config.eval_batch_size):
         batch = batch.to(device)
         with _autocast(device, config.precision):
             value = loss(module(batch), batch)
@@ -609,7 +724,7 @@ def _predict(module: nn.Module, split: Split, label: str, config) -> np.ndarray:
     device = next(module.parameters()).device
     module.eval()
     parts = []
-    for batch in split.batches(EVAL_BATCH):
+    for batch in split.batches(config.eval_batch_size):
         with _autocast(device, config.precision):
             output = module(batch.to(device))
         if label not in output.predictions:

@@ -218,7 +218,8 @@ def test_profiles_know_their_chapters_and_parameters(tmp_path):
 @pytest.fixture
 def library(tmp_path) -> Path:
     files = {
-        "__init__.py": "",
+        "__init__.py": "def __getattr__(name):\n    from .asked import x\n",
+        "asked.py": "",
         "errors.py": "",
         "runs.py": "from mmsa_lib.errors import E\n",
         "training.py": "def f():\n    from . import runs\n",
@@ -245,18 +246,22 @@ def library(tmp_path) -> Path:
     ("code", "files"),
     [
         ("import numpy", ""),
-        ("import mmsa_lib", "__init__"),
+        ("import mmsa_lib", "__init__ asked"),
+        ("import mmsa_lib as m", "__init__ asked"),
+        ("import_module('mmsa_lib')", "__init__ asked"),
+        ("from mmsa_lib import predict", "__init__ asked"),
         ("import mmsa_lib.errors as e", "__init__ errors"),
-        ("from mmsa_lib import runs, nothing", "__init__ errors runs"),
+        ("from mmsa_lib import runs, errors", "__init__ errors runs"),
         ("from mmsa_lib.runs import load", "__init__ errors runs"),
-        ("def f():\n    import mmsa_lib.training", "__init__ errors runs training"),
+        ("def f():\n    import mmsa_lib.runs", "__init__ asked errors runs"),
+        ("import mmsa_lib.training as t", "__init__ errors runs training"),
         ("from mmsa_lib.nets.fusion import Late", "nets/fusion NETS"),
         ("from mmsa_lib import nets", "NETS"),
-        ("import mmsa_lib.loop", "__init__ loop pool"),
-        ("import mmsa_lib.lazy", "__init__ errors lazy runs"),
+        ("import mmsa_lib.loop", "__init__ asked loop pool"),
+        ("import mmsa_lib.lazy as e", "__init__ errors lazy runs"),
         ("__import__('mmsa_lib.errors')", "__init__ errors"),
         ("call(['python', '-m', 'mmsa_lib.errors'])", "__init__ errors"),
-        ("%matplotlib inline\nimport mmsa_lib.errors", "__init__ errors"),
+        ("%matplotlib inline\nimport mmsa_lib.errors as e", "__init__ errors"),
         ("files = !ls\nfrom mmsa_lib.runs import (\n load)", "__init__ errors runs"),
     ],
 )
@@ -658,8 +663,8 @@ def imports(code, package):
                 yield base
                 yield from (f"{base}.{n}" for n in names or ()
                             if is_module(f"{base}.{n}"))
-    for const in code.co_consts:
-        if hasattr(const, "co_code"):
+    for const in code.co_consts:  # what is asked for by name only is not reached
+        if hasattr(const, "co_code") and const.co_name != "__getattr__":
             yield from imports(const, package)
 
 def reached(source):

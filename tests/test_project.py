@@ -109,7 +109,8 @@ def test_layers_import_only_to_their_left():
     for path in sorted((ROOT / "mmsa_lib").rglob("*.py")):
         layer = path.relative_to(ROOT / "mmsa_lib").with_suffix("").parts[0]
         if layer == "__init__":
-            assert not imports_of(path), "mmsa_lib/__init__.py imports nothing"
+            # `predict`, when it is asked for; else nothing
+            assert imports_of(path) == {"methods"}, "mmsa_lib/__init__.py"
             continue
         assert layer in allowed, f"{path.name}: give this module a layer"
         wrong = imports_of(path) - allowed[layer]

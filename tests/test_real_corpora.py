@@ -74,7 +74,8 @@ def mosi(tmp_path_factory, mosi_dir, mosi_server):
 
 
 def test_names_descriptions_and_unknown_names(tmp_path):
-    assert corpora.names() == ["puppets", "mosi-text-audio", "mosei-video"]
+    real = ["mosi-text-audio", "mosei-video"]
+    assert corpora.names() == ["puppets", *real, "puppet-clips", "clips"]
     for name in corpora.names():
         assert "options:" in corpora.describe(name)
     with pytest.raises(UnknownNameError, match=r"'mossi-text-audio'.*Did you mean"):

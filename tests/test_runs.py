@@ -84,6 +84,10 @@ def test_unknown_field_names_the_known_ones():
     with pytest.raises(UnknownNameError, match="toy"):
         runs.find("tyo", folder=runs.records_folder())
     assert runs.find("toy", folder=runs.records_folder()) == record
+    folder = runs.records_folder()
+    assert runs.find("toy", folder=folder, kind=record.kind) == record
+    with pytest.raises(UnknownNameError):
+        runs.find("toy", folder=folder, kind="benchmark")
 
 
 def test_names_are_file_names():

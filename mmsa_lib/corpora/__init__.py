@@ -29,7 +29,18 @@ _CORPORA = {  # name: (module, what it is and its options)
         "CMU-MOSEI, 901 whole videos, text, audio and vision, from a given file; "
         "options: path (.npz)",
     ),
+    "puppet-clips": (
+        "media",
+        "the puppets' 112 embedded clips: raw video, sound and words; options: frames, "
+        "max_pixels",
+    ),
+    "clips": (
+        "media",
+        "your clips in MMSA-FET's layout: raw video, sound and words; options: folder, "
+        "frames, max_pixels, skip_unusable",
+    ),
 }
+_EMBEDDED = {"puppets": "load", "puppet-clips": "embedded"}  # need no data folder
 
 
 def names() -> list[str]:
@@ -54,8 +65,8 @@ def load(name: str, data_dir: str | Path | None = None, **options) -> Corpus:
     `CorpusError` with the command to run when real data is not there.
     """
     module = _module(name)
-    if name == "puppets":
-        return module.load(**options)
+    if name in _EMBEDDED:
+        return getattr(module, _EMBEDDED[name])(**options)
     _check_options(name, options, inspect.signature(module.load))
     return module.load(data_folder(data_dir), **options)
 
@@ -68,11 +79,11 @@ def prepare(
 ) -> Path | None:
     """Download and convert what `load` needs; returns where it lies.
 
-    The puppets need nothing: None. Raises `DownloadError` (terms not accepted, file
-    not fetched), `CorpusError` (bad content, full or read-only disk).
+    What is embedded needs nothing: None. Raises `DownloadError` (terms not accepted,
+    file not fetched), `CorpusError` (bad content, full or read-only disk).
     """
     module = _module(name)
-    if name == "puppets":
+    if name in _EMBEDDED:
         return None
     _check_options(name, options, inspect.signature(module.prepare))
     return module.prepare(data_folder(data_dir), accept_terms, **options)

@@ -119,6 +119,8 @@ class Batch:
     available[m]  (B,) bool, True = the sample has this modality
     labels[name]  (B, k) float32, or (B,) int64 for classes; empty on a sealed split
     ids           B strings
+    extras[name]  (B, ...) what a model needs to read a sample beside its sequences,
+                  such as the grid of a video's patches
     """
 
     features: dict[str, Tensor]
@@ -127,6 +129,7 @@ class Batch:
     labels: dict[str, Tensor]
     ids: list[str]
     raw_text: list[str] | None = None
+    extras: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -149,6 +152,7 @@ class Batch:
             mask=move(self.mask),
             available=move(self.available),
             labels=move(self.labels),
+            extras=move(self.extras),
         )
 
 
@@ -167,7 +171,8 @@ class Split:
     """One split: ids, raw text, a `Ragged` per modality, labels by name.
 
     A sealed split gives features but raises `SealedError` when labels are read.
-    `truth` holds what only a synthetic corpus knows (latents, flags, masks).
+    `truth` holds what only a synthetic corpus knows (latents, flags, masks), `extras`
+    what a model needs beside the sequences (`Batch`).
     """
 
     def __init__(
@@ -179,12 +184,14 @@ class Split:
         raw_text: Sequence[str] | None = None,
         truth: Mapping[str, np.ndarray] | None = None,
         sealed: bool = False,
+        extras: Mapping[str, np.ndarray] | None = None,
     ):
         self.name = name
         self.ids = ids
         self.features = dict(features)
         self.raw_text = raw_text
         self.sealed = sealed
+        self.extras = dict(extras or {})
         self._truth = dict(truth or {})
         self._labels = {k: _label_array(k, v) for k, v in labels.items()}
         self._check()
@@ -195,6 +202,7 @@ class Split:
             raise CorpusError(f"split {self.name!r} has no modality")
         parts = {f"features of {m!r}": len(r) for m, r in self.features.items()}
         parts |= {f"label {k!r}": len(v) for k, v in self._labels.items()}
+        parts |= {f"extras {k!r}": len(v) for k, v in self.extras.items()}
         if self.raw_text is not None:
             parts["raw text"] = len(self.raw_text)
         for what, length in parts.items():
@@ -214,6 +222,11 @@ class Split:
     @property
     def dims(self) -> dict[str, int]:
         return {m: r.width for m, r in self.features.items()}
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n,) int64, number of steps of each sample over all its modalities."""
+        return sum(ragged.lengths for ragged in self.features.values())
 
     @property
     def labels(self) -> dict[str, np.ndarray]:
@@ -251,6 +264,7 @@ class Split:
             "raw_text": self.raw_text,
             "truth": self._truth,
             "sealed": self.sealed,
+            "extras": self.extras,
         }
         return Split(**(kwargs | changes))
 
@@ -274,6 +288,7 @@ class Split:
             if self.raw_text is None
             else [self.raw_text[i] for i in indices],
             truth={k: v[indices] for k, v in self._truth.items()},
+            extras={k: v[indices] for k, v in self.extras.items()},
         )
 
     def without(self, missing: Mapping[str, np.ndarray]) -> Split:
@@ -307,6 +322,7 @@ class Split:
             raw_text=None
             if self.raw_text is None
             else [self.raw_text[i] for i in indices],
+            extras={k: torch.from_numpy(v[indices]) for k, v in self.extras.items()},
         )
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
@@ -513,6 +529,8 @@ def fingerprint(splits: Mapping[str, Split]) -> str:
                 digest.update(ragged[i].tobytes())
         for k in sorted(split._labels):
             digest.update(k.encode() + split._labels[k].tobytes())
+        for k in sorted(split.extras):
+            digest.update(k.encode() + split.extras[k].tobytes())
     return digest.hexdigest()
 
 

@@ -71,6 +71,11 @@ def write(corpus: Corpus, folder: str | Path, float16: Sequence[str] = ()) -> Pa
     for m in float16:
         if m not in corpus.modalities:
             raise unknown("modality", m, corpus.modalities)
+    if any(split.extras for split in corpus.splits.values()):
+        raise CorpusError(
+            f"{corpus.name} holds extras beside its sequences, which a store does not "
+            "keep. Clips have a cache of their own: media.clip_corpus(cache=...)."
+        )
     tensors = _plan(corpus, float16)
     made = not folder.exists()
     parts = [folder / f".{os.getpid()}.{kind}.part" for kind in ("data", "card")]

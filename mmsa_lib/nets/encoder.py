@@ -181,6 +181,18 @@ class Encoder(nn.Module):
             return self._by_length(x, mask, context, context_mask, read)
         return self._encode(x, mask, context, context_mask, read)
 
+    def begin(self, x: Tensor, mask: Tensor) -> tuple[Tensor, _Keys]:
+        """Embedded x (B, T, D) and the keys that each of `layers` takes, for who runs
+        the layers of several encoders side by side; `end` follows the last one.
+        """
+        mask = None if self.mode == "official" else _useful(mask)
+        return self._embed(x, mask), self._keys(x, mask, None, None)
+
+    def end(self, x: Tensor, mask: Tensor) -> Tensor:
+        """The final LayerNorm; in paper mode zero where masked."""
+        x = self.norm(x)
+        return x if self.mode == "official" else x * mask[..., None].to(x.dtype)
+
     def _encode(self, x, mask, context, context_mask, read) -> Tensor:
         T = x.shape[1]
         row = None if read == "all" else _row(mask, T, read)

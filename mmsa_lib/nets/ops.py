@@ -10,7 +10,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _BLOCK = 2**18  # attention weights in work at once: 1 MB, so that they stay in cache
@@ -177,3 +177,14 @@ class _Attention(torch.autograd.Function):
 def _longest(x: Tensor) -> Tensor:
     """Largest squared length of the vectors in x (B, h, d, T)."""
     return x.square().sum(2).amax()
+
+
+def keep_4bit_format(module: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights when a CPU first evaluates them.
+
+    Where a processor has AVX512-BF16 it would, with constants rounded to bfloat16: the
+    same model then gives other results afterwards, and no gradient passes it.
+    """
+    for part in module.modules():
+        if hasattr(part, "support_avx512bf16_for_cpu"):
+            part.support_avx512bf16_for_cpu = False

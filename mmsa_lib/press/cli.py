@@ -240,6 +240,17 @@ def data(context: typer.Context) -> None:
     raise typer.Exit(done.returncode)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def predict(context: typer.Context) -> None:
+    """Score video files: predict CLIP... --text WORDS --model DIR --json."""
+    # in its own process, as `data`; needs no book
+    command = [sys.executable, "-m", "mmsa_lib.methods", *context.args]
+    raise typer.Exit(subprocess.run(command).returncode)
+
+
 @records_app.command("list")
 def records_list(as_json: AsJson = False) -> None:
     """Every record of results/ (committed) and _build/records/ (of builds)."""

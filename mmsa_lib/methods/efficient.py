@@ -1,0 +1,205 @@
+"""Efficient tuning under a frozen backbone: what Wander is compared with.
+
+Each builder takes a `LateFusion` and one size, and returns a model in which the head
+and a few new parameters train: a bottleneck adapter, LoRA (through peft), prompts,
+LMF-style and concatenating fusion; and the two ends of the scale, the head alone and
+everything. `size_for` finds the size at which a builder trains as many parameters as
+another method. All but the prompts start as the backbone itself.
+
+Used in the chapter "Wander".
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmsa_lib.errors import ConfigError
+from mmsa_lib.methods.wander import Adapted, Hidden
+from mmsa_lib.nets import LateFusion, count_parameters
+
+Build = Callable[[LateFusion, int], nn.Module]
+
+
+def head_only(base: LateFusion, cached: bool = False) -> Adapted:
+    """A linear probe in the wide sense: only the head trains."""
+    return Adapted(base, cached=cached)
+
+
+def full(base: LateFusion) -> LateFusion:
+    """Full fine-tuning: a copy in which everything trains, dropout included."""
+    return copy.deepcopy(base).requires_grad_(True).train()
+
+
+# ---------------------------------------------------------------- before the head
+
+
+class LMF(nn.Module):
+    """z + W_o sum_k prod_m W_m^(k) [z_m; 1]: low-rank fusion of one vector a modality
+    (arXiv 1806.00064), of `rank` terms and width `size`. W_o starts at zero.
+
+    It multiplies read-outs, not tokens: that is the difference to Wander.
+    """
+
+    def __init__(self, base: LateFusion, size: int, rank: int = 4):
+        super().__init__()
+        self.rows, d = _rows_of(base), base.config.width
+        M = len(base.modalities)
+        factors = torch.randn(M, rank, d + 1, size) / math.sqrt(d + 1)
+        self.factors = nn.Parameter(factors)
+        self.out = _zero(nn.Linear(size, M * d))
+
+    def forward(self, hidden: Hidden, masks: Hidden) -> Tensor:
+        z = self.rows(hidden, masks)
+        z_m = z.unflatten(1, (len(self.factors), -1))  # (B, M, d)
+        z_m = F.pad(z_m, (0, 1), value=1.0)
+        factors = torch.einsum("bmd,mkdh->mbkh", z_m, self.factors)
+        fused = factors.prod(0).sum(1) / math.sqrt(self.factors.shape[1])
+        return z + self.out(fused)
+
+
+class Concat(nn.Module):
+    """z + W_2 GELU(W_1 z) on all read-outs side by side: as many parameters as the
+    others, without a product of modalities. W_2 starts at zero.
+    """
+
+    def __init__(self, base: LateFusion, size: int):
+        super().__init__()
+        self.rows = _rows_of(base)
+        wide = len(base.modalities) * base.config.width
+        self.inner, self.outer = nn.Linear(wide, size), _zero(nn.Linear(size, wide))
+
+    def forward(self, hidden: Hidden, masks: Hidden) -> Tensor:
+        z = self.rows(hidden, masks)
+        return z + self.outer(F.gelu(self.inner(z)))
+
+
+def lmf(base: LateFusion, size: int, cached: bool = False) -> Adapted:
+    """LMF-style fusion of the frozen read-outs."""
+    return Adapted(base, LMF(base, size), cached=cached)
+
+
+def concat(base: LateFusion, size: int, cached: bool = False) -> Adapted:
+    """A small network on the frozen read-outs side by side."""
+    return Adapted(base, Concat(base, size), cached=cached)
+
+
+def _rows_of(base: LateFusion) -> Callable[[Hidden, Hidden], Tensor]:
+    names, pool = base.modalities, base._pool
+
+    def rows(hidden: Hidden, masks: Hidden) -> Tensor:
+        return torch.cat([pool(hidden[m], masks[m]) for m in names], dim=1)
+
+    return rows
+
+
+def _zero(layer: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+# ---------------------------------------------------------------- inside the encoders
+
+
+class _Bottleneck(nn.Module):
+    """An encoder layer, then x + W_up GELU(W_down x). W_up starts at zero."""
+
+    def __init__(self, layer: nn.Module, width: int, size: int):
+        super().__init__()
+        self.layer = layer
+        self.down, self.up = nn.Linear(width, size), _zero(nn.Linear(size, width))
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        x = self.layer(*args, **kwargs)
+        return x + self.up(F.gelu(self.down(x)))
+
+
+class _Prompted(nn.Module):
+    """An encoder that reads `size` learned steps after the real ones.
+
+    After, so that the first row, which late fusion reads, stays the first real step. A
+    sample that lacks the modality gets no prompts either.
+    """
+
+    def __init__(self, encoder: nn.Module, width: int, size: int):
+        super().__init__()
+        self.encoder = encoder
+        self.prompts = nn.Parameter(torch.randn(size, width) / math.sqrt(width))
+
+    def forward(self, x: Tensor, mask: Tensor, read: str = "all") -> Tensor:
+        T, n = x.shape[1], len(self.prompts)
+        x = torch.cat([x, self.prompts.to(x.dtype).expand(len(x), -1, -1)], dim=1)
+        some = mask.any(1, keepdim=True).expand(-1, n)
+        h = self.encoder(x, torch.cat([mask, some], dim=1), read=read)
+        return h[:, :T] if read == "all" else h
+
+
+def bottleneck(base: LateFusion, size: int) -> Adapted:
+    """An adapter of width `size` after every layer of every encoder."""
+    model = Adapted(base)
+    for encoder in model.base.encoders.values():
+        encoder.layers = nn.ModuleList(
+            _Bottleneck(layer, base.config.width, size) for layer in encoder.layers
+        )
+    return model
+
+
+def prompts(base: LateFusion, size: int) -> Adapted:
+    """`size` learned steps a modality, read by its frozen encoder."""
+    model = Adapted(base)
+    encoders = model.base.encoders
+    for m, encoder in encoders.items():
+        encoders[m] = _Prompted(encoder, base.config.width, size)
+    return model
+
+
+def lora(base: LateFusion, size: int) -> Adapted:
+    """LoRA of rank `size` on the attention of every layer: W + 2 B A, with B = 0.
+
+    Our layers use their weights without calling the modules that hold them, so peft's
+    layer is told to show W + 2 B A as its weight.
+    """
+    for name in ("bitsandbytes", "kernels"):  # peft looks for GPU kernels, and says so
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import Linear
+
+    class Shown(Linear):
+        @property
+        def weight(self) -> Tensor:
+            return self.get_base_layer().weight + self.get_delta_weight("default")
+
+    model = Adapted(base)
+    config = LoraConfig(
+        r=size, lora_alpha=2 * size, target_modules=r"encoders\..*\.(qkv|out)"
+    )
+    config._register_custom_module({nn.Linear: Shown})
+    inject_adapter_in_model(config, model.base)
+    model.base.head.requires_grad_(True)  # peft has frozen it
+    return model.train(model.training)
+
+
+# ---------------------------------------------------------------- equal parameters
+
+
+def size_for(build: Build, base: LateFusion, parameters: int) -> int:
+    """The size at which `build(base, size)` trains closest to `parameters`.
+
+    The count is affine in the size for all of the above. Raises `ConfigError` where
+    even size 1 trains more than twice as many.
+    """
+    one, two = (count_parameters(build(base, k))[0] for k in (1, 2))
+    size = max(round(1 + (parameters - one) / (two - one)), 1)
+    if size == 1 and one > 2 * parameters:
+        raise ConfigError(
+            f"{getattr(build, '__name__', 'this method')} trains at least {one} "
+            f"parameters; {parameters} cannot be matched"
+        )
+    return size
