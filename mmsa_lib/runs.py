@@ -385,10 +385,10 @@ def experiment(
     """
     from mmsa_lib import training
 
-    per_seed, start = [], time.perf_counter()
-    frozen = None
+    per_seed, start, frozen = [], time.perf_counter(), None
     for seed in seeds:
         began = time.perf_counter()
+        frozen = None  # two large models at once may not fit
         frozen = train(seed)
         entry = {
             "seed": int(seed),

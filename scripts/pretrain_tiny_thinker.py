@@ -75,7 +75,7 @@ SPECIAL = {
 
 
 def takes(count: int, seeds: range) -> list[clips.Take]:
-    """Scripts of the shipped clips' worlds with other seeds, `count` in all."""
+    """Scripts of the shipped clips' worlds with other seeds, mixed; `count` in all."""
     worlds = [replace(world, seed=seed) for seed in seeds for world in clips.WORLDS]
     each = -(-count // len(worlds))
     found = []
@@ -85,13 +85,20 @@ def takes(count: int, seeds: range) -> list[clips.Take]:
         for i in range(each):
             running = clips._running_valence(table, i)
             found.append(clips.Take(table[i], float(label[i]), "train", running))
-    return found[:count]
+    order = np.random.default_rng(0).permutation(len(found))
+    return [found[i] for i in order[:count]]
 
 
-def render(job: tuple[int, clips.Take, Path]) -> None:
+def rendered(take: clips.Take, folder: Path) -> Path:
+    """Where a clip is kept, by what it shows: another choice of takes is safe."""
+    key = hashlib.sha256(f"{clips.VERSION} {MEDIA} {take}".encode())
+    return folder / f"{key.hexdigest()[:16]}.safetensors"
+
+
+def render(job: tuple[clips.Take, Path]) -> None:
     """One clip through the same files and decoder as a reader's clips."""
-    number, take, folder = job
-    target = folder / f"{number:05d}.safetensors"
+    take, folder = job
+    target = rendered(take, folder)
     if target.is_file():
         return
     with tempfile.TemporaryDirectory() as temporary:
@@ -105,7 +112,7 @@ def render(job: tuple[int, clips.Take, Path]) -> None:
 def render_all(count: int, folder: Path, jobs: int) -> list[clips.Take]:
     chosen = takes(count, CLIP_SEEDS)
     folder.mkdir(parents=True, exist_ok=True)
-    work = [(n, take, folder) for n, take in enumerate(chosen)]
+    work = [(take, folder) for take in chosen]
     with multiprocessing.Pool(jobs) as pool:
         for done, _ in enumerate(pool.imap_unordered(render, work, chunksize=4), 1):
             if done % 100 == 0:
@@ -217,7 +224,7 @@ def batch_of(
     rng: np.random.Generator | None = None,
 ) -> Batch:
     """Rendered clips as a batch; with `rng`, now and then a modality is withheld."""
-    arrays = [load_file(folder / f"{i:05d}.safetensors") for i in rows]
+    arrays = [load_file(rendered(chosen[i], folder)) for i in rows]
     shift, scale = _standardisation()
 
     def kept(share: float) -> np.ndarray:
@@ -254,10 +261,15 @@ def batch_of(
 # --- the towers, as Whisper's and CLIP's are trained before they meet a language model
 
 
-def tower_targets(take: clips.Take, arrays: dict, m: str) -> torch.Tensor:
-    """What face or voice shows at each time step of its tower, (T, 2) of variance 1.
+AUDIBLE = ("pitch", "energy", "rate", "tilt")  # channels that the voice follows
+TARGETS = {"audio": 2 + len(AUDIBLE), "vision": 2 + len(puppets.VISION_CHANNELS)}
 
-    What it says of sentiment, and how far the smile or the pitch is up.
+
+def tower_targets(take: clips.Take, arrays: dict, m: str) -> torch.Tensor:
+    """What face or voice shows at each time step of its tower, (T, `TARGETS`).
+
+    What it says of sentiment and how far the smile or the pitch is up, both with a
+    variance of about 1; then the contours that it was made from, as they are.
     """
     when = clips.timing(take.script)
     if m == "vision":
@@ -271,6 +283,12 @@ def tower_targets(take: clips.Take, arrays: dict, m: str) -> torch.Tensor:
         2 * np.interp(times, when.times, tracks[m]),
         3 * np.interp(times, when.times, cues["smile" if m == "vision" else "lift"]),
     ]
+    phase = when.phase(times)
+    if m == "vision":
+        rows += clips.action_units(take.script, phase).values()
+    else:
+        voice = clips.voice_channels(take.script, phase)
+        rows += [voice[name] for name in AUDIBLE]
     return torch.tensor(np.stack(rows, 1), dtype=torch.float32)
 
 
@@ -281,8 +299,8 @@ def tower_loss(
     chosen: list[clips.Take],
     folder: Path,
 ) -> torch.Tensor:
-    """Mean squared errors (2, 2) of linear probes on the outputs of both towers."""
-    arrays = [load_file(folder / f"{i:05d}.safetensors") for i in rows]
+    """Summed squared errors of linear probes on the outputs of both towers."""
+    arrays = [load_file(rendered(chosen[i], folder)) for i in rows]
     inputs = thinker.inputs(batch_of(rows, chosen, folder))
     inner = thinker.model.model
     seen = inner.get_video_features(
@@ -301,8 +319,8 @@ def tower_loss(
         truth = [
             tower_targets(chosen[i], a, m) for i, a in zip(rows, arrays, strict=True)
         ]
-        errors.append((probes[m](x) - torch.cat(truth)).square().mean(0))
-    return torch.stack(errors)
+        errors.append((probes[m](x) - torch.cat(truth)).square().mean(0).sum())
+    return sum(errors)
 
 
 # --- training -------------------------------------------------------------------------
@@ -341,7 +359,7 @@ def train_towers(thinker, chosen, folder, settings: Settings) -> list[dict]:
     rng = np.random.default_rng([settings.seed, 1])
     torch.manual_seed(settings.seed)
     probes = torch.nn.ModuleDict(
-        {m: torch.nn.Linear(thinker.width, 2) for m in ("vision", "audio")}
+        {m: torch.nn.Linear(thinker.width, n) for m, n in TARGETS.items()}
     )
     parameters = [p for part in (*towers(thinker), probes) for p in part.parameters()]
     for p in parameters:
@@ -349,7 +367,7 @@ def train_towers(thinker, chosen, folder, settings: Settings) -> list[dict]:
 
     def loss():
         rows = rng.integers(settings.held_out, len(chosen), settings.batch).tolist()
-        return tower_loss(thinker, probes, rows, chosen, folder).sum()
+        return tower_loss(thinker, probes, rows, chosen, folder)
 
     return learn(parameters, settings.tower_steps, settings.rate, "towers", loss)
 

@@ -33,11 +33,17 @@ NAMES = ["+".join(s) for s in SUBSETS]
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    """Trained here and now, by the code that makes the shipped one."""
+def script():
+    """The script that makes the shipped model."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "scripts"))
-        import pretrain_tiny_thinker as script
+        import pretrain_tiny_thinker
+    return pretrain_tiny_thinker
+
+
+@pytest.fixture(scope="module")
+def tokenizer(script):
+    """Trained here and now, by the code that makes the shipped one."""
     texts = [
         omni.chat(f"Transcript: {c.text}\n{omni.QUESTION}", "+1.6")
         for c in puppet_clips()
@@ -593,6 +599,17 @@ def cut_short(place):
     file.write_bytes(file.read_bytes()[:-9])
 
 
+def other_shape(place):
+    """Of a weight that would be quantised, whose shape nobody else looks at."""
+    for file in place.glob("*.safetensors"):
+        weights = load_file(file)
+        for name, w in weights.items():
+            if name.endswith("layers.0.mlp.up_proj.weight"):
+                weights[name] = w[:-2].contiguous()
+                save_file(weights, file, {"format": "pt"})
+                return
+
+
 def other_kind(place):
     (place / "config.json").write_text(json.dumps({"model_type": "bert"}))
 
@@ -607,13 +624,23 @@ def other_tokenizer(place):
     [
         (lose_a_weight, "lacks 1 weights of a Thinker, such as "),
         (cut_short, "no omni-modal model could be loaded from .*Give 'tiny'"),
+        (other_shape, "no omni-modal .*Give|weight of .*up_proj .*shape .382, 128"),
         (other_kind, "model of type bert .*expected qwen2_5_omni or"),
         (lambda p: (p / "config.json").unlink(), "no omni-modal|of type unknown"),
         (lambda p: (p / "config.json").write_text("{"), "no omni-modal .*JSON"),
         (other_tokenizer, "files of the tokenizer are missing or another model's"),
         (lambda p: (p / "model-00001-of-00003.safetensors").unlink(), "no omni-modal"),
     ],
-    ids=["weight", "cut", "kind", "no config", "no JSON", "tokenizer", "shard"],
+    ids=[
+        "weight",
+        "cut",
+        "shape",
+        "kind",
+        "no config",
+        "no JSON",
+        "tokenizer",
+        "shard",
+    ],
 )
 @pytest.mark.parametrize("quantise", [False, True])
 def test_broken_checkpoints_are_refused(
@@ -907,3 +934,44 @@ def test_benchmark_runs_on_the_tiny_one(benchmark, folder, tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit):
             benchmark.main(["--dry"])
+
+
+# --- pretraining of the tiny Thinker --------------------------------------------------
+
+
+def test_pretraining_pairs_each_clip_with_its_own_script(script, tmp_path, monkeypatch):
+    """Whatever was rendered into the folder before, for however many clips."""
+    monkeypatch.setattr(script.clips, "film", lambda take: take.label)
+    monkeypatch.setattr(script.clips, "speak", lambda take: take.script.seconds)
+    monkeypatch.setattr(
+        script.clips, "write_mp4", lambda path, *what: drawn.append(what)
+    )
+    monkeypatch.setattr(script, "decode", lambda *_: drawn[-1])
+    monkeypatch.setattr(
+        script, "read_media", lambda what, _: {"shown": np.array(what, np.float64)}
+    )
+    drawn = []
+    for count in (12, 40):
+        takes = script.takes(count, range(101, 103))
+        for take in takes:
+            script.render((take, tmp_path))
+        for take in takes:
+            shown = load_file(script.rendered(take, tmp_path))["shown"]
+            assert shown.tolist() == [take.label, take.script.seconds]
+    assert len(list(tmp_path.iterdir())) == 40  # those of both choices once
+    worlds = {take.script.domain for take in script.takes(12, range(101, 103))}
+    assert worlds == {"A", "B"}  # held-out clips come from every world
+
+
+def test_pretraining_targets_follow_the_clip(script):
+    """Time steps of the towers' outputs; what is shown reaches the accents' peak."""
+    for take in script.takes(6, range(101, 102)):
+        arrays = {"audio": np.zeros((400, 128)), "grid": (8, 6, 6), "pace": (0.5,)}
+        heard = script.tower_targets(take, arrays, "audio")
+        seen = script.tower_targets(take, arrays, "vision")
+        assert heard.shape == (100, script.TARGETS["audio"])
+        assert seen.shape == (8, script.TARGETS["vision"])
+        when = script.clips.timing(take.script)
+        spoken = int(25 * when.seconds)
+        assert heard[:spoken, 0].abs().max() <= 2 * abs(take.script.voice) + 1e-6
+        assert heard[:, 0].abs().max() >= 1.5 * abs(take.script.voice)

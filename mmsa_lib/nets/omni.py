@@ -178,7 +178,7 @@ def load(
             model, found = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
                 where, local_files_only=local, output_loading_info=True, **options
             )
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"no omni-modal model could be loaded from {str(source)!r}: {error}\nGive "
             f"{TINY!r}, the folder of a checkpoint, or a name on the hub "
@@ -189,6 +189,15 @@ def load(
             f"{str(source)!r} lacks {len(missing)} weights of a Thinker, such as "
             f"{missing[0]}: it is incomplete, or another kind of model"
         )
+    for name, layer in model.named_modules():  # transformers does not look at these
+        state = getattr(getattr(layer, "weight", None), "quant_state", None)
+        if state and tuple(state.shape) != (layer.out_features, layer.in_features):
+            raise ConfigError(
+                f"the weight of {name} in {str(source)!r} has shape "
+                f"{tuple(state.shape)}, but config.json makes it "
+                f"{(layer.out_features, layer.in_features)}: the files belong to "
+                "different models"
+            )
     if quantise:
         keep_4bit_format(model)
     else:
