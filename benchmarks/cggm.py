@@ -161,6 +161,8 @@ def build(batch) -> dict[str, Callable]:
         out = model.head.out if own_backbone else model.out_layer
         prefix = [f"encoders.{k}" for k in keys]
         rule = Naive(model, out, prefix, classifiers, gradients=own_backbone)
+        if modulated:
+            parts["naive" if own_backbone else "released"] = rule
 
         def call():
             model.train()
@@ -188,7 +190,7 @@ def build(batch) -> dict[str, Callable]:
     steps["naive"] = naive(True, True)
     steps["released-joint"] = naive(False, False)
     steps["released"] = naive(False, True)
-    return steps, parts
+    return steps, parts  # parts: name -> what holds `classifiers`
 
 
 def held(call: Callable) -> float:
@@ -212,6 +214,10 @@ def held(call: Callable) -> float:
     return sum(sizes.values()) / 2**20
 
 
+def percent(share: float) -> float:
+    return round(100 * (share - 1), 2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=25)
@@ -230,6 +236,7 @@ def main() -> None:
     for name, values in times.items():
         base = "released-joint" if name.startswith("released") else "joint"
         shares = [x / y for x, y in zip(values, times[base], strict=True)]
+        quartiles = statistics.quantiles(shares, n=4)
         extra = memory[name] - memory[base]
         state = 0.0  # parameters, gradients and two moments of Adam
         if name in parts:
@@ -241,10 +248,10 @@ def main() -> None:
                 "base": base,
                 "ms_median": round(statistics.median(values), 1),
                 "ms_min": round(min(values), 1),
-                "overhead_percent": round(100 * (statistics.median(shares) - 1), 2),
-                "overhead_min_percent": round(
-                    100 * (min(values) / min(times[base]) - 1), 2
-                ),
+                "overhead_percent": percent(statistics.median(shares)),
+                "overhead_quarter": percent(quartiles[0]),
+                "overhead_three_quarters": percent(quartiles[2]),
+                "overhead_min_percent": percent(min(values) / min(times[base])),
                 "activations_mib": round(memory[name], 2),
                 "extra_activations_mib": round(extra, 2),
                 "extra_state_mib": round(state, 3),
@@ -253,7 +260,9 @@ def main() -> None:
         row = rows[-1]
         print(
             f"{row['what']:<42}{row['ms_median']:>8.1f}{row['ms_min']:>8.1f}"
-            f"{row['overhead_percent']:>8.1f} %{row['overhead_min_percent']:>8.1f} %"
+            f"{row['overhead_percent']:>8.1f} % ({row['overhead_quarter']:.1f} to "
+            f"{row['overhead_three_quarters']:.1f})"
+            f"{row['overhead_min_percent']:>8.1f} %"
             f"{row['extra_activations_mib']:>8.2f} MiB{state:>8.2f} MiB",
             flush=True,
         )
@@ -268,7 +277,7 @@ def main() -> None:
             "threads": 1,
             "time": "CPU milliseconds of a training step (time.process_time), calls "
             "alternate; overhead is the median over rounds of the share of joint "
-            "training on the same backbone",
+            "training on the same backbone, with the quartiles of these shares",
             "memory": "tensors kept for the backward passes of a step; state is "
             "parameters, gradients and Adam's moments of the classifiers",
         }
