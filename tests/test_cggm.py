@@ -6,10 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 from toy import ToyModel, toy_corpus
 
-from mmsa_lib.corpora import lesions
+from mmsa_lib.corpora import lesions, store
 from mmsa_lib.errors import ConfigError, CorpusError, TrainingError, UnknownNameError
 from mmsa_lib.methods.cggm import (
     OGMGE,
@@ -39,6 +40,7 @@ from mmsa_lib.nets import (
     modality_modules,
 )
 from mmsa_lib.nets.segmentation import SegmentationNet, pixel_loss
+from mmsa_lib.press.chapters import open_book
 from mmsa_lib.training import TrainConfig, cross_entropy, evaluate, fit, l1
 
 CPU = torch.device("cpu")
@@ -284,6 +286,23 @@ def test_classifiers_change_no_gradient_of_the_model_and_are_not_part_of_it():
     assert torch.equal(a["sentiment"], b["sentiment"])
 
 
+@pytest.mark.parametrize("width", [12, 10])
+def test_every_classifier_parameter_receives_gradient(width):
+    """With and without a map to the last layer's width."""
+    torch.manual_seed(0)
+    widths = {"a": width, "b": 12}
+    f = Classifiers(widths, 12, 2, CGGMConfig(classifier_layers=2))
+    assert bool(f.maps) == (width != 12)
+    hidden = {m: torch.randn(6, 5, d) for m, d in widths.items()}
+    p, _ = f(hidden, dict.fromkeys(widths))
+    (p**2).sum().backward()
+    for k, w in f.named_parameters():
+        rows = w.grad[:, :, None] if k.startswith(("inner", "out")) else w.grad[None]
+        # a key's bias moves all scores of a row alike, which the softmax cancels
+        assert k.endswith("qkv.bias") or all(g.abs().sum() > 0 for g in rows), k
+        assert w.grad.abs().sum() > 0, k
+
+
 def test_classifiers_learn():
     rule = GradientModulator(CGGMConfig(classifier_lr=0.01))
     history = fit(middle, CORPUS, settings(epochs=8), rules=[rule]).history
@@ -365,18 +384,8 @@ def test_any_number_of_modalities(M):
         assert len(rule.trace) == 8
 
 
-def with_classes(corpus, k=3):
-    """The same corpus with `k` classes of sentiment, equally frequent."""
-    edges = np.quantile(corpus.train.labels["sentiment"], np.arange(1, k) / k)
-    splits = {}
-    for name, s in corpus.splits.items():
-        labels = {"class": np.digitize(s._labels["sentiment"][:, 0], edges)}
-        splits[name] = s._with(labels=labels)
-    return type(corpus)(corpus.name, corpus.card, splits)
-
-
 def test_classification():
-    corpus = with_classes(CORPUS)
+    corpus = CORPUS.with_classes("sentiment", (-0.3, 0.3))
     rule = GradientModulator(task="classification", label="class")
     frozen = fit(
         lambda: middle(corpus, outputs={"class": 3}),
@@ -489,6 +498,21 @@ def test_first_step_of_the_released_program_counts_from_zero():
         rule = begin(middle(corpus), GradientModulator(config))
         b = feed(rule, torch.tensor([0.2, 0.6]).double())
         assert b.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_coefficients_can_be_replaced_by_a_rule_of_ones_own():
+    class Behind(GradientModulator):
+        def coefficients(self, metric, delta):
+            self.given = metric, delta
+            return balance(metric)
+
+    model = middle()
+    rule = begin(model, Behind(CGGMConfig(first="zero", trace=True, rho=2.0)))
+    step(model, rule, CORPUS.train.batch(range(16)))
+    metric, delta = rule.given
+    torch.testing.assert_close(metric, rule.trace[0]["metric"])
+    torch.testing.assert_close(delta, 0.1 * metric)  # smoothed, from zero
+    torch.testing.assert_close(rule.trace[0]["scale"], 2.0 * balance(metric))
 
 
 def test_renormalised_coefficients_keep_the_mean():
@@ -607,6 +631,46 @@ def test_accumulation_counts_all_batches_of_a_step():
         one.classifiers.parameters(), two.classifiers.parameters(), strict=True
     ):
         torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-5)
+
+
+def test_accumulation_adds_the_direction_of_each_batch():
+    """With the direction term a step in parts is not the step in one: the cosine is of
+    a batch, and b of the batches so far. What holds: the gradients are those of the
+    batches' own losses, and all are scaled with b of the whole step.
+    """
+    config = CGGMConfig(lam=0.7, first="zero", speed="batch", trace=True)
+    model, twin = middle(), middle()
+    twin.load_state_dict(model.state_dict())
+    rule = begin(model, GradientModulator(config))
+    batches = [CORPUS.train.batch(range(a, a + 8)) for a in (0, 8)]
+    for batch in batches:
+        output = model(batch)
+        rule.loss(output, batch, l1()(output, batch)).backward()
+    f = copy.deepcopy(rule.classifiers)
+    rule.after_backward(model)
+
+    right = torch.zeros(3)
+    for count, batch in enumerate(batches, 1):
+        output, y = twin(batch), batch.labels["sentiment"]
+        hidden = {m: h.detach() for m, h in output.hidden.items()}
+        p, z = f(hidden, output.mask)
+        right = right + ((p > 0) == (y > 0)).float().mean((1, 2))
+        b = 1 - (right / count + 1e-3) / (right / count + 1e-3).sum()
+        error = nn.functional.l1_loss(output.predictions["sentiment"], y)
+        W = twin.head.out.weight
+        (g,) = torch.autograd.grad(error, W, create_graph=True)
+        term = 0.0
+        for m in range(3):
+            g_m = (p[m] - y).sign().T @ z[m].detach() / len(y)
+            term += b[m] - b[m] * nn.functional.cosine_similarity(g_m, g)[0]
+        (error + 0.7 * term / 3).backward()
+    assert len(set(rule.trace[0]["b"].tolist())) > 1
+    torch.testing.assert_close(rule.trace[0]["b"].float(), b)
+    scale = dict(zip(rule.names, 1.3 * b, strict=True))
+    for (k, a), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        part, m = ([*k.split("."), ""])[:2]
+        c = scale[m] if part in ("encoders", "projections") else 1.0
+        torch.testing.assert_close(a.grad, other.grad * c, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["paper", "official"])
@@ -947,3 +1011,27 @@ def test_modality_dropout_drops_in_training_and_never_everything():
     assert seen[-1] is batch
     with pytest.raises(ConfigError, match="probability"):
         ModalityDropout(1.0)
+
+
+# ------------------------------------------------------------- the chapter
+
+
+def test_chapter_runs_on_a_corpus_with_class_labels(tmp_path, monkeypatch):
+    """As it would on IEMOCAP or Food-101; its exercises' solutions run with it."""
+    monkeypatch.setenv("MMSA_RECORDS", str(tmp_path / "records"))
+    corpus = corpus_of(2, (40, 20, 20)).with_classes("sentiment", (-0.3, 0.3))
+    store.write(corpus, tmp_path / "given")
+    cells = open_book(ROOT).chapters["cggm"].cells
+    assert sum("assert" in c.source for c in cells) >= 12
+    space = {"__name__": "chapter"}
+    for cell in cells:
+        exec(compile(cell.source, f"book/cggm.md:{cell.line}", "exec"), space)
+        if "parameters" in cell.tags:
+            space |= {"corpus": "given", "data_dir": str(tmp_path)}
+            space |= {"seeds": [0], "epochs": 1, "device": "cpu"}
+    made = {r.name: r for r in space["made"]}
+    assert space["label"] == "class"
+    assert 0 <= made["modulated"].mean("test.acc") <= 100
+    stored = store.open_store(tmp_path / "given").fingerprint
+    assert made["modulated"].corpus["sha256"] == stored
+    assert {"text-alone", "audio-alone"} < set(made)

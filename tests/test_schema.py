@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from toy import toy_corpus
 
 from mmsa_lib.corpora.schema import (
     Card,
@@ -232,3 +233,16 @@ def test_integers_are_classes_and_floats_are_columns(labels):
     s = split("a", labels={"kind": labels, "score": np.array([1, 2, 3], np.float64)})
     assert s.labels["kind"].dtype == np.int64 and s.labels["kind"].shape == (3,)
     assert s.labels["score"].dtype == np.float32 and s.labels["score"].shape == (3, 1)
+
+
+def test_classes_from_a_label_stay_sealed():
+    corpus = toy_corpus()
+    classed = corpus.with_classes("sentiment", (-0.5, 0.5))
+    values = corpus.train.labels["sentiment"][:, 0]
+    expected = (values >= -0.5).astype(int) + (values >= 0.5)
+    np.testing.assert_array_equal(classed.train.labels["class"], expected)
+    assert classed.train.batch([0]).labels["class"].dtype == torch.int64
+    with pytest.raises(SealedError):
+        _ = classed.test.labels
+    with pytest.raises(UnknownNameError, match="sentiment"):
+        corpus.with_classes("sentimant", (0,))

@@ -415,6 +415,19 @@ class Corpus:
         """The same corpus with some of its modalities."""
         return self._map(lambda s: s.only(modalities))
 
+    def with_classes(self, label: str, edges: Sequence[float]) -> Corpus:
+        """The same corpus with one label "class": the interval between `edges`, 0 below
+        the first, that the first column of `label` falls in. Labels stay sealed.
+        """
+
+        def classed(split: Split) -> Split:
+            if label not in split._labels:
+                raise unknown("label", label, split._labels)
+            values = split._labels[label][:, 0]
+            return split._with(labels={"class": np.digitize(values, edges)})
+
+        return self._map(classed)
+
     def standardised(self, modalities: Sequence[str]) -> Corpus:
         """Z-score modalities per channel with statistics of the training split only.
 

@@ -515,6 +515,10 @@ class GradientModulator(Rule):
 
     # ------------------------------------------------------------ coefficients
 
+    def coefficients(self, metric: Tensor, delta: Tensor) -> Tensor:
+        """b (M,) of a step's metrics (M,) and their growth (M,); yours to override."""
+        return balance(delta, self.config.guard, self.config.eps)
+
     def _decide(self, p: Tensor, truth: Tensor, weight: Tensor) -> None:
         """b and c from the metrics of all batches of this step so far."""
         self._count(tally(self.metric, p, truth, weight, self.config.regions))
@@ -523,7 +527,7 @@ class GradientModulator(Rule):
         else:
             momentum = self.config.momentum if self.config.speed == "ema" else 0.0
             _, _, delta = self._growth(*self._sums, momentum)
-        self._b = balance(delta, self.config.guard, self.config.eps)
+        self._b = self.coefficients(_quotient(*self._sums)[0], delta)
         M = len(self.names)
         self._scale = self.config.rho * self._b
         if self.config.renormalise:
@@ -694,7 +698,7 @@ class OGMGE(GradientModulator):
     is the probability of the true one and for regression exp(-|error|); r_m is the mean
     confidence of m over the mean of the others. A modality ahead (r_m > 1) is slowed
     down by 1 - tanh(alpha r_m), the others are left alone. Generalisation enhancement
-    adds to each scaled weight matrix noise as large as the spread of its gradient.
+    adds to each scaled weight matrix noise as large as its scaled gradient's spread.
     """
 
     def __init__(self, alpha: float = 0.3, enhance: bool = True, **options):
