@@ -8,7 +8,6 @@ compares. Importing this module does not load torch.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import html
 import json
@@ -29,10 +28,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mmsa_lib.errors import MmsaError, unknown
+from mmsa_lib.files import ROOT, sha256_of, write_atomic
 
 SCHEMA = 1
 UNDEFINED = "—"  # what a page shows where a record has no value
-ROOT = Path(__file__).resolve().parent.parent  # the checkout, when there is one
 
 
 class RecordError(MmsaError, ValueError):
@@ -125,10 +124,6 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def _sha256(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-
-
 @cache
 def package_sha256(root: Path = ROOT) -> str:
     """Hash of every source file of the package: the closure when none was given."""
@@ -146,12 +141,13 @@ def code_facts() -> dict:
     if sent := os.environ.get("MMSA_COMMIT"):  # a sweep sent the code without its git
         commit, _, mark = sent.partition(" ")
         dirty = mark == "dirty"
+    lock = ROOT / "constraints.txt"
     return {
         "commit": commit,
         "dirty": dirty,
         "chapter_sha256": os.environ.get("MMSA_CHAPTER_SHA"),
         "closure_sha256": os.environ.get("MMSA_CLOSURE_SHA") or package_sha256(),
-        "lock_sha256": _sha256(ROOT / "constraints.txt"),
+        "lock_sha256": sha256_of(lock) if lock.is_file() else None,
     }
 
 
@@ -245,14 +241,10 @@ def save(record: RunRecord, folder: Path | None = None) -> Path:
     path = folder / f"{record.name}-{record.id[:12]}.json"
     if path.exists():
         return path
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     body = json.dumps(asdict(record), indent=1, sort_keys=True, ensure_ascii=False)
     try:
-        temporary.write_text(body + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomic(path, body + "\n")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise RecordError(
             f"the record {path} could not be written: {error}. Free disk space or set "
             "MMSA_RECORDS to another folder; nothing half-written is left."

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from mmsa_lib.corpora.schema import Batch, Corpus, Receipt, Split
 from mmsa_lib.errors import SealedError, TrainingError, unknown
-from mmsa_lib.methods.rule import Rule
+from mmsa_lib.files import replacing
 from mmsa_lib.nets.ops import keep_4bit_format
 
 Loss = Callable[[object, Batch], Tensor]  # (Output, Batch) -> scalar
@@ -145,12 +145,9 @@ class Frozen:
         """
         if self.module is None:
             raise TrainingError("only a trained module has weights to save")
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file(_copy(trained_state(self.module)), temporary)
-        os.replace(temporary, path)
-        return path
+        with replacing(path) as part:
+            save_file(_copy(trained_state(self.module)), part)
+        return Path(path)
 
 
 # ---------------------------------------------------------------- losses
@@ -188,6 +185,39 @@ def _pair(output, batch: Batch, label: str) -> tuple[Tensor, Tensor]:
             f"{tuple(truth.shape)}; unequal shapes would broadcast to a wrong loss"
         )
     return prediction, truth
+
+
+# ---------------------------------------------------------------- hooks of a method
+
+
+class Rule:
+    """Hooks around a step, for methods that change gradients or add loss terms.
+
+    Every hook may be left out. A rule with state implements `state_dict` and
+    `load_state_dict` (tensors and plain values), so that a killed run resumes exactly.
+    """
+
+    def setup(self, model: nn.Module, device: torch.device) -> None:
+        """Called once, after the model is on its device."""
+
+    def loss(self, output, batch: Batch, loss: Tensor) -> Tensor:
+        """Return the loss to differentiate, with this rule's terms added."""
+        return loss
+
+    def after_backward(self, model: nn.Module) -> None:
+        """Gradients of the whole step are there, unscaled and not yet clipped."""
+
+    def after_step(self, model: nn.Module) -> None:
+        """Called after the optimiser step."""
+
+    def epoch_end(self, row: dict) -> None:
+        """Add this rule's numbers to the history row of the epoch."""
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        pass
 
 
 # ---------------------------------------------------------------- freezing modules
@@ -630,17 +660,10 @@ class _State:
             "best_value": self.best_value,
             "best_epoch": self.best_epoch,
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            with open(temporary, "wb") as file:
-                torch.save(body, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path)
+            with replacing(self.path) as part:
+                torch.save(body, part)
         except (OSError, RuntimeError) as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
             raise TrainingError(
                 f"could not write the checkpoint {self.path}: {error}. Free disk space "
                 "or choose another folder; the previous checkpoint is untouched."

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmsa_lib.corpora.download import hash_file
 from mmsa_lib.corpora.pickles import load_pickle
 from mmsa_lib.errors import CorpusError
+from mmsa_lib.files import sha256_of
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 
@@ -298,7 +298,7 @@ def test_hash_is_compared_before_the_first_byte_is_read(tmp_path):
     path = tmp_path / "f.pkl"
     victim = tmp_path / "victim"
     path.write_bytes(pickle.dumps([1, 2]))
-    assert load_pickle(path, sha256=hash_file(path)) == [1, 2]
+    assert load_pickle(path, sha256=sha256_of(path)) == [1, 2]
     path.write_bytes(pickle.dumps(Calls(os.system, f"touch {victim}")))
     with pytest.raises(CorpusError, match="not the published file"):
         load_pickle(path, sha256="0" * 64)

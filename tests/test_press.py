@@ -16,10 +16,10 @@ import pytest
 from conftest import ROOT
 
 from mmsa_lib.errors import BookError, UnknownNameError
+from mmsa_lib.files import write_atomic
 from mmsa_lib.press import cli
 from mmsa_lib.press.chapters import UNCLEAR, find_root, open_book, parse, read_chapter
 from mmsa_lib.press.closure import reach
-from mmsa_lib.press.files import write_atomic
 from mmsa_lib.press.freshness import states
 
 HEADER = """\

@@ -21,14 +21,20 @@ REQUIREMENTS = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"
 # a layer may import those before it and, unless it stands alone, its own modules
 LAYERS = [
     ("errors",),
+    ("files",),
     ("corpora",),
-    ("nets", "methods"),
-    ("training",),
     ("metrics", "statistics"),
+    ("nets",),
+    ("tasks",),
+    ("training",),
+    ("methods",),
     ("runs",),
     ("figures",),
+    ("study",),
+    ("predict",),
+    ("cli",),
 ]
-PRESS_MAY = {"errors", "press", "runs"}
+PRESS_MAY = {"errors", "files", "press", "runs"}
 
 
 def constraints() -> dict[str, Requirement]:

@@ -10,7 +10,6 @@ puts on again, bit for bit.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from mmsa_lib.corpora.schema import Ragged, Split
 from mmsa_lib.errors import CorpusError, unknown
+from mmsa_lib.files import replacing
 
 CORRUPTION_VERSION = "1"
 COMPLETE = "complete"
@@ -234,13 +234,10 @@ def _corrupt(split: Split, m: str, ragged: Ragged, parts: Mapping) -> Ragged:
 
 def save_masks(path, ids: Sequence[str], masks: Mapping[str, np.ndarray]) -> None:
     """Write masks with the ids they belong to as one .npz, all of it or nothing."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as f:
+    with replacing(path) as part, open(part, "wb") as f:
         np.savez_compressed(
             f, __version__=np.array(CORRUPTION_VERSION), __ids__=np.array(ids), **masks
         )
-    os.replace(part, path)
 
 
 def load_masks(path, ids: Sequence[str]) -> dict[str, np.ndarray]:

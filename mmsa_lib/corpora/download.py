@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
-import os
 import shutil
 import sys
 import time
@@ -14,6 +12,7 @@ import requests
 from tqdm import tqdm
 
 from mmsa_lib.errors import DownloadError
+from mmsa_lib.files import publish, sha256_of
 
 ATTEMPTS = 4
 TIMEOUT = (10, 60)  # seconds to connect, seconds between two blocks
@@ -32,7 +31,7 @@ def fetch(url: str, sha256: str, path: str | Path) -> Path:
     if not url.startswith(("https://", "http://")):
         raise DownloadError(f"only http and https can be fetched, found {url!r}")
     try:
-        if path.is_file() and hash_file(path) == sha256:
+        if path.is_file() and sha256_of(path) == sha256:
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         found = _fetch_part(url, part)
@@ -47,9 +46,7 @@ def fetch(url: str, sha256: str, path: str | Path) -> Path:
                 "changed at its home or on the way (a proxy, a login page); it was not "
                 f"kept. {_by_hand(url, path)}"
             )
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        publish(part, path)
     except requests.RequestException as error:
         raise DownloadError(
             f"could not fetch {url}: {_reason(error)}. Run the same command again: it "
@@ -77,12 +74,6 @@ def require_terms(name: str, terms: str, accept_terms: bool) -> None:
     print(f"Terms of {name}, accepted:\n{terms}", file=sys.stderr)
 
 
-def hash_file(path: str | Path) -> str:
-    """sha256 of a file, as hex."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def disk_remedy(error: OSError, path: Path) -> str:
     """What an operating system error on writing `path` means and what to do."""
     reason = error.strerror or str(error)
@@ -104,7 +95,7 @@ def _fetch_part(url: str, part: Path, resume: bool = True) -> str:
     for attempt in range(1, ATTEMPTS + 1):
         try:
             _read_on(url, part)
-            return hash_file(part)
+            return sha256_of(part)
         except requests.RequestException as error:
             refused = error.response is not None and error.response.status_code < 500
             if refused or attempt == ATTEMPTS:

@@ -34,6 +34,7 @@ from mmsa_lib.corpora.schema import (
     _split_facts,
 )
 from mmsa_lib.errors import ClipError, ConfigError, CorpusError
+from mmsa_lib.files import sha256_of, write_atomic
 
 VERSION = "1"  # of the preprocessing: part of the key of every cached file
 RATE = 16000  # samples a second, as the audio tower of Qwen2.5-Omni expects
@@ -177,8 +178,7 @@ def read_media(media: Media, config: MediaConfig) -> dict[str, np.ndarray]:
 
 def _key(path: Path, config: MediaConfig) -> str:
     """Content address of what `read_media` makes of a clip file."""
-    with open(path, "rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
+    content = sha256_of(path)
     settings = sorted(asdict(config).items())
     return hashlib.sha256(f"{VERSION} {content} {settings}".encode()).hexdigest()
 
@@ -201,14 +201,9 @@ def _read(path: Path, config: MediaConfig, cache: Path | None, key: str):
 
 def _write(arrays: dict[str, np.ndarray], file: Path) -> None:
     """Whole or not at all. Raises `CorpusError`: the cache is at fault, not the clip"""
-    temporary = file.with_suffix(f".{os.getpid()}.{id(arrays)}.part")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(save(arrays))
-        os.replace(temporary, file)
+        write_atomic(file, save(arrays))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise CorpusError(
             f"could not write the clip cache {file}: {disk_remedy(error, file)}"
         ) from error

@@ -23,6 +23,7 @@ from mmsa_lib.corpora.schema import (
     make_corpus,
 )
 from mmsa_lib.errors import CorpusError
+from mmsa_lib.files import replacing
 
 NAME = "mosei-video"
 FILE = "mosei_video_trimodal.npz"
@@ -43,14 +44,10 @@ def prepare(
     target = Path(data_dir) / FILE
     load(data_dir, path=path)
     if path is not None and Path(path).resolve() != target.resolve():
-        part = target.with_name(f".{FILE}.part")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, part)
-            os.replace(part, target)
+            with replacing(target) as part:
+                shutil.copyfile(path, part)
         except OSError as error:
-            if part.parent.is_dir():
-                part.unlink(missing_ok=True)
             raise CorpusError(
                 f"could not write {target}: {disk_remedy(error, target)}"
             ) from error

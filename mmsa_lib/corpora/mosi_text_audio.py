@@ -19,9 +19,10 @@ import torch
 from tqdm import tqdm
 
 from mmsa_lib.corpora import store
-from mmsa_lib.corpora.download import fetch, hash_file, require_terms
+from mmsa_lib.corpora.download import fetch, require_terms
 from mmsa_lib.corpora.schema import Card, Corpus, Ragged, Split, make_corpus
 from mmsa_lib.errors import CorpusError
+from mmsa_lib.files import sha256_of
 
 NAME = "mosi-text-audio"
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -127,7 +128,7 @@ def prepare(
     segments = read_segments(sources)
     if text_features is not None:
         text = read_text_features(text_features, segments.ids)
-        made_by = {"text_features_sha256": hash_file(text_features)}
+        made_by = {"text_features_sha256": sha256_of(text_features)}
         how = f"precomputed token vectors of {Path(text_features).name}"
     else:
         text, made_by = encode(segments.text, encoder, batch_size, device)
@@ -174,7 +175,7 @@ def download(
     missing = [
         name
         for name, (_, sha256) in SOURCES.items()
-        if not (folder / name).is_file() or hash_file(folder / name) != sha256
+        if not (folder / name).is_file() or sha256_of(folder / name) != sha256
     ]
     if missing:
         require_terms(NAME, TERMS, accept_terms)
@@ -400,7 +401,7 @@ def _existing(path: str | Path) -> Path:
 def _variant(encoder: str, text_features: str | Path | None) -> str:
     """The name of a store: what its text was made by."""
     if text_features is not None:
-        return f"precomputed-{hash_file(_existing(text_features))[:12]}"
+        return f"precomputed-{sha256_of(_existing(text_features))[:12]}"
     name, sha256 = _identity(encoder)
     return name.replace("/", "--") + (f"-{sha256[:12]}" if sha256 else "")
 
@@ -413,6 +414,6 @@ def _identity(encoder: str) -> tuple[str, str | None]:
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         digest.update(
-            f"{path.relative_to(folder).as_posix()} {hash_file(path)}\n".encode()
+            f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n".encode()
         )
     return folder.resolve().name, digest.hexdigest()

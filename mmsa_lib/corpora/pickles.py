@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from mmsa_lib.corpora.download import hash_file
 from mmsa_lib.errors import CorpusError
+from mmsa_lib.files import sha256_of
 
 
 class _Refused(pickle.UnpicklingError):
@@ -179,7 +179,7 @@ def load_pickle(
     path = Path(path)
     if not path.is_file():
         raise CorpusError(f"there is no file {path}")
-    if sha256 is not None and (found := hash_file(path)) != sha256:
+    if sha256 is not None and (found := sha256_of(path)) != sha256:
         raise CorpusError(
             f"{path} has sha256 {found}, expected {sha256}: it is not the published "
             "file. It was not opened; download it again."

@@ -36,6 +36,7 @@ from mmsa_lib.corpora.schema import (
     fingerprint,
 )
 from mmsa_lib.errors import CorpusError, unknown
+from mmsa_lib.files import publish
 
 FORMAT = "mmsa-store 1"
 RELEASE_BYTES = 64 << 20  # mapped pages count as memory: give them back this often
@@ -191,8 +192,8 @@ def _publish(corpus, float16, tensors, folder, data_part, card_part) -> None:
         previous = _read_card(folder)["data"]["file"]
     except (CorpusError, KeyError, TypeError):
         previous = None
-    os.replace(data_part, data_file)
-    os.replace(card_part, folder / "card.json")
+    publish(data_part, data_file)
+    publish(card_part, folder / "card.json")
     _sync_folder(folder)
     if previous not in (None, data_file.name):
         (folder / Path(previous).name).unlink(missing_ok=True)

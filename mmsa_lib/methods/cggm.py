@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from mmsa_lib.corpora.schema import Batch
 from mmsa_lib.errors import ConfigError, unknown
-from mmsa_lib.methods.rule import Rule
 from mmsa_lib.nets.encoder import MODES, Encoder
 from mmsa_lib.nets.fusion import masked_mean, modality_modules
+from mmsa_lib.training import Rule
 
 # what a mode means, flag by flag; each can be set by itself
 PAPER = {

@@ -12,10 +12,8 @@ readout, the twin with its parser, saving and predicting.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,6 +30,7 @@ from mmsa_lib.corpora.clips import Clip, read_folder
 from mmsa_lib.corpora.media import MediaConfig, clip_corpus
 from mmsa_lib.corpora.schema import Batch, Split
 from mmsa_lib.errors import ClipError, ConfigError, unknown
+from mmsa_lib.files import replacing, sha256_of, write_atomic
 from mmsa_lib.nets import omni
 from mmsa_lib.nets.omni import MODALITIES, Thinker, answer_loss
 from mmsa_lib.nets.output import Output
@@ -477,9 +476,8 @@ def save(
         for k, v in model.state_dict().items()
         if not k.startswith("body.")
     }
-    temporary = folder / f".{os.getpid()}.part"
-    save_file(parts, temporary)
-    os.replace(temporary, folder / HEAD)
+    with replacing(folder / HEAD) as part:
+        save_file(parts, part)
     settings = {
         "kind": type(model).__name__.lower(),
         "backbone": backbone,
@@ -487,16 +485,10 @@ def save(
         "readout": asdict(model.config),
         "media": asdict(media),
         "modalities": list(model.body.modalities),
-        "sha256": {part: _sha256(folder / part) for part in (*ADAPTER, HEAD)},
+        "sha256": {part: sha256_of(folder / part) for part in (*ADAPTER, HEAD)},
     }
-    temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / SETTINGS)
+    write_atomic(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
     return folder
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load(
@@ -520,7 +512,9 @@ def load(
         )
     try:
         settings = json.loads((folder / SETTINGS).read_text("utf-8"))
-        damaged = [n for n, d in settings["sha256"].items() if _sha256(folder / n) != d]
+        damaged = [
+            n for n, d in settings["sha256"].items() if sha256_of(folder / n) != d
+        ]
         kept = settings["readout"]
         config = ReadoutConfig(**(kept | {"suffixes": tuple(kept["suffixes"])}))
         media = MediaConfig(**settings["media"])

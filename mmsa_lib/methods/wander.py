@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 
 from mmsa_lib.corpora.schema import Batch, Corpus, Ragged
 from mmsa_lib.errors import ConfigError, unknown
+from mmsa_lib.files import replacing
 from mmsa_lib.nets import LateFusion, Output
 from mmsa_lib.nets.encoder import MODES
 from mmsa_lib.nets.fusion import masked_mean, real_steps
@@ -473,13 +473,10 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 
 def save(model: nn.Module, path: str | Path) -> Path:
     """Write only what was trained, as safetensors, atomically."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     state = {n: p.detach().cpu().contiguous() for n, p in trained(model).items()}
-    save_file(state, temporary)
-    os.replace(temporary, path)
-    return path
+    with replacing(path) as part:
+        save_file(state, part)
+    return Path(path)
 
 
 def load(model: nn.Module, path: str | Path) -> nn.Module:

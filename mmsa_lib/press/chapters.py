@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 
 from mmsa_lib.errors import BookError, unknown
-from mmsa_lib.press.files import sha256
+from mmsa_lib.files import sha256
 
 STANDARD_PARAMETERS = ("profile", "corpus", "data_dir", "seeds", "device", "epochs")
 UNCLEAR = object()  # the default of a parameter that is not a plain literal

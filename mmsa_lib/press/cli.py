@@ -22,8 +22,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from mmsa_lib.errors import BookError, MmsaError, UnknownNameError, unknown
+from mmsa_lib.files import digest
 from mmsa_lib.press.chapters import Book, Chapter, find_root, open_book
-from mmsa_lib.press.files import digest
 
 HEARTBEAT = 20.0  # seconds between two lines of one chapter where there is no terminal
 

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from mmsa_lib.errors import BookError
-from mmsa_lib.press.files import sha256_of
+from mmsa_lib.files import sha256_of
 
 PACKAGE = "mmsa_lib"
 _DYNAMIC = {"import_module", "__import__"}

@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from mmsa_lib.press.files import write_atomic
+from mmsa_lib.files import write_atomic
 
 FOLDER = "_build/downloads"  # below the staging folder; Sphinx looks for no pages here
 

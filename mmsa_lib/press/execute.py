@@ -19,8 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mmsa_lib.files import write_atomic
 from mmsa_lib.press.chapters import Book, Chapter
-from mmsa_lib.press.files import write_atomic
 from mmsa_lib.press.freshness import State, closure_hash, data_folder
 
 KERNEL = "mmsa-book"  # our own kernelspec, so that no other "python3" can be taken

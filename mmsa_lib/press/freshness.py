@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from mmsa_lib.files import digest, sha256, sha256_of, write_atomic
 from mmsa_lib.press.chapters import Book, Chapter, parse
 from mmsa_lib.press.closure import name_of, reach
-from mmsa_lib.press.files import digest, sha256, sha256_of, write_atomic
 from mmsa_lib.runs import RunRecord, package_sha256
 
 

@@ -32,9 +32,9 @@ import yaml
 
 from mmsa_lib import runs
 from mmsa_lib.errors import MmsaError
+from mmsa_lib.files import digest, sha256, sha256_of, write_atomic
 from mmsa_lib.press.chapters import Book, Cell, Chapter, parse
 from mmsa_lib.press.closure import name_of
-from mmsa_lib.press.files import digest, sha256, sha256_of, write_atomic
 from mmsa_lib.press.freshness import Product, State
 
 ILLUSTRATION = "illustration"

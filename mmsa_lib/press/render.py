@@ -19,10 +19,10 @@ from pathlib import Path
 import yaml
 
 from mmsa_lib.errors import BookError
+from mmsa_lib.files import digest, sha256, sha256_of, write_atomic
 from mmsa_lib.press.cards import Trace
 from mmsa_lib.press.chapters import Book
 from mmsa_lib.press.downloads import offer
-from mmsa_lib.press.files import digest, sha256, sha256_of, write_atomic
 from mmsa_lib.press.gates import check_pages
 
 _TROUBLE = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b|[Ee]rror:|Traceback")

@@ -27,9 +27,9 @@ from pathlib import Path
 
 from mmsa_lib import runs
 from mmsa_lib.errors import BookError, MmsaError, unknown
+from mmsa_lib.files import digest, sha256_of, write_atomic
 from mmsa_lib.press.chapters import Book, Chapter, open_book
 from mmsa_lib.press.execute import execute
-from mmsa_lib.press.files import digest, sha256_of, write_atomic
 from mmsa_lib.press.freshness import Product, State, data_folder, key_of
 
 ATTEMPTS = 2  # a failed task is tried once more
