@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from mmsa_lib import runs
 from mmsa_lib.methods.cggm import CGGMConfig, GradientModulator
 from mmsa_lib.nets import count_parameters
-from mmsa_lib.training import l1
+from mmsa_lib.tasks import SENTIMENT
 
 RHO, LAM = 1.3, 0.2
 NAMES = {
@@ -138,7 +138,7 @@ def build(batch) -> dict[str, Callable]:
             model.train()
             adam.zero_grad()
             output = model(batch)
-            loss = l1()(output, batch)
+            loss = SENTIMENT.objective(output, batch)
             if rule is not None:
                 loss = rule.loss(output, batch, loss)
             loss.backward()

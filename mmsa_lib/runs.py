@@ -19,7 +19,6 @@ import resource
 import statistics as pystats
 import subprocess
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -28,7 +27,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mmsa_lib.errors import MmsaError, unknown
-from mmsa_lib.files import ROOT, sha256_of, write_atomic
+from mmsa_lib.files import ROOT, sha256, sha256_of, write_atomic
 
 SCHEMA = 1
 UNDEFINED = "—"  # what a page shows where a record has no value
@@ -367,16 +366,18 @@ def experiment(
     seeds: Sequence[int],
     *,
     parameters: Mapping | None = None,
-    label: str = "sentiment",
+    task=None,
 ) -> RunRecord:
     """Train once a seed, evaluate the frozen result on the test split, record it all.
 
     train: ``train(seed) -> Frozen`` (`training.fit` or `training.select`).
-    Returns the saved record; metrics under every convention are in ``per_seed``: those
-    of sentiment, or of classes where the label is one.
+    task: the `tasks.Task` that is judged, or several; default: sentiment.
+    Returns the saved record; metrics under every convention are in ``per_seed``, as
+    ``test.mae``, or ``test.sentiment.mae`` where there are several tasks.
     """
-    from mmsa_lib import training
+    from mmsa_lib import tasks
 
+    judged = tasks.several(task or tasks.SENTIMENT)
     per_seed, start, frozen = [], time.perf_counter(), None
     for seed in seeds:
         began = time.perf_counter()
@@ -387,16 +388,13 @@ def experiment(
             "seconds": round(time.perf_counter() - began, 2),
             **frozen.facts(),
         }
-        for split in ("valid", "test"):
-            predictions = training.evaluate(frozen, corpus, split, label=label)
-            entry[split] = _report(predictions)
-            if split == "test":
-                found = predictions.prediction
-                found = found.argmax(1) if _classes(predictions) else found
-                entry["predictions"] = [round(float(p), 4) for p in found]
-                entry["test_ids_sha256"] = hashlib.sha256(
-                    "\0".join(predictions.ids).encode()
-                ).hexdigest()
+        found = {t.label: _tested(frozen, corpus, t) for t in judged}
+        if len(judged) == 1:
+            entry |= found[judged[0].label]
+        else:
+            for label, facts in found.items():
+                for key, value in facts.items():
+                    entry.setdefault(key, {})[label] = value
         per_seed.append(entry)
     record = _new(
         name,
@@ -495,23 +493,31 @@ def holm(*records: RunRecord) -> list[RunRecord]:
     return adjusted
 
 
-def _classes(predictions) -> bool:
-    """Class labels (n,) with one score a class, not sentiment."""
-    return predictions.truth.dtype.kind == "i"
+def _tested(frozen, corpus, task) -> dict:
+    """Metrics of validation and test, and what was answered on the test split."""
+    from mmsa_lib import training
+
+    entry = {}
+    for split in ("valid", "test"):
+        if split not in corpus.splits:  # a target without validation labels
+            continue
+        found = training.evaluate(frozen, corpus, split, task=task)
+        scores = task.scores(found.truth, found.prediction)
+        entry[split] = {
+            k: None if math.isnan(v) else round(float(v), 6) for k, v in scores.items()
+        }
+        if split == "test":
+            if task.stored:
+                entry["predictions"] = _rounded(task.answer(found.prediction))
+            entry["test_ids_sha256"] = sha256("\0".join(found.ids))
+    return entry
 
 
-def _report(predictions) -> dict[str, float | None]:
-    from mmsa_lib import metrics
-
-    truth, prediction = predictions.truth, predictions.prediction
-    with warnings.catch_warnings():
-        # a constant predictor has no correlation; the record says so with null
-        warnings.filterwarnings("ignore", "correlation is undefined")
-        if _classes(predictions):
-            report = metrics.classification_report(truth, prediction.argmax(1))
-        else:
-            report = metrics.sentiment_report(truth, prediction)
-    return {k: None if math.isnan(v) else round(float(v), 6) for k, v in report.items()}
+def _rounded(values) -> list:
+    """Answers (n,) or (n, k) as plain numbers."""
+    if values.ndim > 1:
+        return [_rounded(row) for row in values]
+    return [round(float(v), 4) for v in values]
 
 
 # ---------------------------------------------------------------- on the page

@@ -22,16 +22,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from mmsa_lib import metrics
 from mmsa_lib.corpora.schema import Batch, Corpus, Receipt, Split
 from mmsa_lib.errors import SealedError, TrainingError, unknown
 from mmsa_lib.files import replacing
 from mmsa_lib.nets.ops import keep_4bit_format
+from mmsa_lib.nets.trained import (
+    copied,
+    count_parameters,
+    load_trained,
+    save,
+    trained_state,
+    weights_sha256,
+)
+from mmsa_lib.tasks import SENTIMENT, Loss, Task
 
-Loss = Callable[[object, Batch], Tensor]  # (Output, Batch) -> scalar
+KEEP = ("best", "last")
 
 
 @dataclass(frozen=True)
@@ -128,70 +137,31 @@ class Frozen:
 
     def facts(self) -> dict:
         """What a run record keeps of the selection."""
-        facts = {"validation": round(self.receipt.value, 6)}
+        facts = {}
+        if self.receipt.value is not None:
+            facts["validation"] = round(self.receipt.value, 6)
         if self.chosen is not None:
             facts["chosen"] = self.chosen
         if self.history:
             facts["best_epoch"] = self.best_epoch
             facts["epochs"] = len(self.history)
             for key in ("train", "valid"):
-                facts[f"{key}_curve"] = [round(row[key], 5) for row in self.history]
+                if key in self.history[0]:
+                    facts[f"{key}_curve"] = [round(row[key], 5) for row in self.history]
         return facts
 
     def save(self, path: Path) -> Path:
-        """Write the trained part as safetensors, atomically.
-
-        `load_trained` puts it back into a freshly built module.
-        """
+        """Write the trained part as safetensors; `nets.trained.load` puts it back."""
         if self.module is None:
             raise TrainingError("only a trained module has weights to save")
-        with replacing(path) as part:
-            save_file(_copy(trained_state(self.module)), part)
-        return Path(path)
-
-
-# ---------------------------------------------------------------- losses
-
-
-def l1(label: str = "sentiment") -> Loss:
-    """Mean absolute error of one label; shapes must agree, nothing is broadcast."""
-
-    def loss(output, batch: Batch) -> Tensor:
-        prediction, truth = _pair(output, batch, label)
-        return (prediction - truth).abs().mean()
-
-    return loss
-
-
-def cross_entropy(label: str) -> Loss:
-    """Cross-entropy of one class label against (B, classes) logits."""
-
-    def loss(output, batch: Batch) -> Tensor:
-        logits = output.predictions[label].float()
-        return nn.functional.cross_entropy(logits, batch.labels[label])
-
-    return loss
-
-
-def _pair(output, batch: Batch, label: str) -> tuple[Tensor, Tensor]:
-    if label not in output.predictions:
-        raise unknown("prediction", label, output.predictions)
-    if label not in batch.labels:
-        raise unknown("label", label, batch.labels)
-    prediction, truth = output.predictions[label].float(), batch.labels[label]
-    if prediction.shape != truth.shape:
-        raise TrainingError(
-            f"prediction of {label!r} is {tuple(prediction.shape)} but its label is "
-            f"{tuple(truth.shape)}; unequal shapes would broadcast to a wrong loss"
-        )
-    return prediction, truth
+        return save(self.module, path)
 
 
 # ---------------------------------------------------------------- hooks of a method
 
 
 class Rule:
-    """Hooks around a step, for methods that change gradients or add loss terms.
+    """Hooks around a step, for methods that change batches or gradients or add losses.
 
     Every hook may be left out. A rule with state implements `state_dict` and
     `load_state_dict` (tensors and plain values), so that a killed run resumes exactly.
@@ -199,6 +169,13 @@ class Rule:
 
     def setup(self, model: nn.Module, device: torch.device) -> None:
         """Called once, after the model is on its device."""
+
+    def batch(self, batch: Batch, epoch: int) -> Batch:
+        """Return the batch to train on, such as one with modalities taken away.
+
+        Called after the random stream of the step was seeded.
+        """
+        return batch
 
     def loss(self, output, batch: Batch, loss: Tensor) -> Tensor:
         """Return the loss to differentiate, with this rule's terms added."""
@@ -210,70 +187,17 @@ class Rule:
     def after_step(self, model: nn.Module) -> None:
         """Called after the optimiser step."""
 
-    def epoch_end(self, row: dict) -> None:
-        """Add this rule's numbers to the history row of the epoch."""
+    def epoch_end(self, model: nn.Module, row: dict) -> None:
+        """Look at the model; add the rule's numbers to the history row of the epoch."""
+
+    def teardown(self, model: nn.Module) -> None:
+        """Called once after training, or when it fails: take every hook off again."""
 
     def state_dict(self) -> dict:
         return {}
 
     def load_state_dict(self, state: Mapping) -> None:
         pass
-
-
-# ---------------------------------------------------------------- freezing modules
-
-
-def freeze(module: nn.Module) -> nn.Module:
-    """Stop gradients and keep `module` in eval mode through `fit`; returns it.
-
-    A module attached inside it later (an adapter) is not frozen by this call.
-    """
-    module.requires_grad_(False)
-    for part in module.modules():
-        part._mmsa_frozen = True
-        part.training = False
-    return module
-
-
-def train_mode(model: nn.Module) -> None:
-    """``model.train()`` except for the parts that `freeze` has marked."""
-    model.train()
-    for part in model.modules():
-        if getattr(part, "_mmsa_frozen", False):
-            part.training = False
-
-
-def trained_state(module: nn.Module) -> dict[str, Tensor]:
-    """What training changes: what a checkpoint, the best epoch and a file keep.
-
-    Parameters that require a gradient and persistent buffers outside the parts that
-    `freeze` has marked, named as in the module's state dict and not copied.
-    """
-    state = {
-        name: parameter.detach()
-        for name, parameter in module.named_parameters(remove_duplicate=False)
-        if parameter.requires_grad
-    }
-    for prefix, part in module.named_modules(remove_duplicate=False):
-        if getattr(part, "_mmsa_frozen", False):
-            continue
-        for name, buffer in part._buffers.items():
-            if buffer is not None and name not in part._non_persistent_buffers_set:
-                state[f"{prefix}.{name}" if prefix else name] = buffer
-    return state
-
-
-def load_trained(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put a `trained_state` back. Raises `TrainingError` unless the names agree."""
-    wanted = trained_state(module).keys()
-    missing, unexpected = sorted(wanted - state.keys()), sorted(state.keys() - wanted)
-    if missing or unexpected:
-        lacks, extra = _shorten(missing) or "none", _shorten(unexpected) or "none"
-        raise TrainingError(
-            f"these are not the trained weights of this model: missing {lacks}; "
-            f"unexpected {extra}. Build it as it was trained, the same parts frozen."
-        )
-    module.load_state_dict(state, strict=False)  # what is frozen stays as it is
 
 
 def seed_everything(seed: int) -> None:
@@ -332,12 +256,16 @@ def fit(
     *,
     loss: Loss | None = None,
     rules: Sequence[Rule] = (),
+    keep: str = "best",
 ) -> Frozen:
     """Train on `corpus.train`, freeze the epoch with the lowest validation loss.
 
     build   called after seeding, so that initialisation belongs to the seed
-    loss    (Output, Batch) -> scalar; default `l1("sentiment")`; the same function,
-            averaged over samples, is the selection metric on `corpus.valid`
+    loss    (Output, Batch) -> scalar, such as the `objective` of a task or
+            `tasks.joint`; default: that of sentiment. The same function, averaged over
+            samples, is the selection metric on `corpus.valid`
+    keep    "best" epoch by validation, or "last": then no validation split is looked
+            at, and none with labels need be there
 
     Only the trained part (`trained_state`) is kept and written: `build` must give the
     frozen part the same each time. Several processes (torchrun) give what one gives
@@ -347,7 +275,8 @@ def fit(
     its ids) and for a checkpoint of another run; resumes exactly after a kill when
     ``config.checkpoint`` is set.
     """
-    loss = loss or l1()
+    loss = loss or SENTIMENT.objective
+    _check_keep(keep, config)
     accelerator = _accelerator(config)
     seed_everything(config.seed)
     model = build()
@@ -371,91 +300,119 @@ def fit(
     scheduler = _scheduler(config, optimiser, per_epoch)
     for rule in rules:
         rule.setup(accelerator.unwrap_model(model), accelerator.device)
-
     state = _State(config, corpus, accelerator, model, optimiser, scheduler, rules)
-    state.resume()
-    bar = _progress(config.epochs, state.epoch)
-    while state.epoch < config.epochs and not state.stopped(config.patience):
-        start = time.perf_counter()
-        batches.epoch, batches.skip = state.epoch, state.batches_done
-        train_mode(model)
-        for number, batch in enumerate(loader, start=state.batches_done):
-            # the random stream of a batch depends on its place alone: a resumed run
-            # and a run on several processes draw the same dropout masks
-            k = number * world + rank
-            torch.manual_seed(config.seed * 7_919 + state.epoch * 1_000_003 + k)
-            counts = int(k < batches.count)  # 0: given again, to keep step
-            with accelerator.accumulate(model):
-                output = model(batch)
-                value = loss(output, batch)
-                total = value
-                for rule in rules:
-                    total = rule.loss(output, batch, total)
-                _require_finite(total, output, batch, state.epoch, number)
-                accelerator.backward(total * counts)
-                if accelerator.sync_gradients:
-                    _step(accelerator, model, optimiser, parameters, rules, config,
-                          batch, state.epoch, number)  # fmt: skip
-                    if config.schedule == "cosine" and scheduler is not None:
-                        scheduler.step()
-                optimiser.zero_grad()
-            state.batches_done = number + 1
-            state.loss_sum += float(value.detach()) * len(batch) * counts
-            state.samples += len(batch) * counts
-            every = config.checkpoint_steps
-            if every and accelerator.sync_gradients and state.batches_done % every == 0:
-                state.save()
-        valid = _mean_loss(accelerator.unwrap_model(model), corpus.valid, loss, config)
-        if config.schedule == "plateau":
-            scheduler.step(valid)
-        state.end_epoch(valid, time.perf_counter() - start)
-        state.save()
-        bar.update(1)
-        bar.set_postfix(valid=f"{valid:.4f}", best=f"{state.best_value:.4f}")
-    bar.close()
+    try:
+        state.resume()
+        bar = _progress(config.epochs, state.epoch)
+        while state.epoch < config.epochs and not state.stopped(config.patience):
+            start = time.perf_counter()
+            batches.epoch, batches.skip = state.epoch, state.batches_done
+            model.train()
+            _epoch(state, loader, batches, parameters, loss)
+            valid = None
+            if keep == "best":
+                valid = _mean_loss(state.module, corpus.valid, loss, config)
+            if config.schedule == "plateau":
+                scheduler.step(valid)
+            state.end_epoch(valid, time.perf_counter() - start)
+            state.save()
+            bar.update(1)
+            if valid is not None:
+                bar.set_postfix(valid=f"{valid:.4f}", best=f"{state.best_value:.4f}")
+        bar.close()
+    finally:
+        for rule in rules:
+            rule.teardown(state.module)
+    return _frozen(state, keep)
 
-    module = accelerator.unwrap_model(model)
-    load_trained(module, state.best)
+
+def _check_keep(keep: str, config: TrainConfig) -> None:
+    if keep not in KEEP:
+        raise unknown("keep", keep, KEEP)
+    if keep == "last" and (config.patience or config.schedule == "plateau"):
+        raise TrainingError(
+            'keep="last" looks at no validation split, which patience and '
+            'schedule="plateau" need: leave them out'
+        )
+
+
+def _epoch(state: _State, loader, batches: EpochBatches, parameters, loss) -> None:
+    """The steps of one epoch, from where a killed run stopped."""
+    config, accelerator, model = state.config, state.accelerator, state.model
+    rules, optimiser, every = state.rules, state.optimiser, config.checkpoint_steps
+    for number, batch in enumerate(loader, start=state.batches_done):
+        # the random stream of a batch depends on its place alone: a resumed run
+        # and a run on several processes draw the same dropout masks
+        k = number * batches.world + batches.rank
+        torch.manual_seed(config.seed * 7_919 + state.epoch * 1_000_003 + k)
+        counts = int(k < batches.count)  # 0: given again, to keep step
+        for rule in rules:
+            batch = rule.batch(batch, state.epoch)
+        with accelerator.accumulate(model):
+            output = model(batch)
+            value = loss(output, batch)
+            total = value
+            for rule in rules:
+                total = rule.loss(output, batch, total)
+            _require_finite(total, output, batch, state.epoch, number)
+            accelerator.backward(total * counts)
+            if accelerator.sync_gradients:
+                _step(state, parameters, batch, number)
+                if config.schedule == "cosine" and state.scheduler is not None:
+                    state.scheduler.step()
+            optimiser.zero_grad()
+        state.batches_done = number + 1
+        state.loss_sum += float(value.detach()) * len(batch) * counts
+        state.samples += len(batch) * counts
+        if every and accelerator.sync_gradients and state.batches_done % every == 0:
+            state.save()
+
+
+def _frozen(state: _State, keep: str) -> Frozen:
+    """The kept epoch as the key to the test split."""
+    module, config = state.module, state.config
+    if keep == "best":
+        load_trained(module, state.best)
     module.eval()
-    trainable, count = _count(module)
+    trainable, count = count_parameters(module)
+    best = keep == "best"
     receipt = Receipt(
-        corpus=corpus.fingerprint,
+        corpus=state.corpus.fingerprint,
         artefact=weights_sha256(module),
-        metric="validation loss",
-        value=state.best_value,
-        candidates=len(state.history),
+        metric="validation loss" if best else "none: the last epoch",
+        value=state.best_value if best else None,
+        candidates=len(state.history) if best else 1,
     )
     return Frozen(
         predict=lambda split, label: _predict(module, split, label, config),
         receipt=receipt,
-        selection="epoch with the lowest validation loss",
+        selection="epoch with the lowest validation loss" if best else "last epoch",
         trainable=trainable,
         total=count,
         history=state.history,
-        best_epoch=state.best_epoch,
+        best_epoch=state.best_epoch if best else len(state.history) - 1,
         module=module,
     )
 
 
-def _step(
-    accelerator, model, optimiser, parameters, rules, config, batch, epoch, number
-):
+def _step(state: _State, parameters, batch: Batch, number: int) -> None:
+    accelerator, optimiser, rules = state.accelerator, state.optimiser, state.rules
     if accelerator.scaler is not None:
         accelerator.unscale_gradients(optimiser)
     for rule in rules:
-        rule.after_backward(accelerator.unwrap_model(model))
-    if config.clip is not None:
-        norm = accelerator.clip_grad_norm_(parameters, config.clip)
+        rule.after_backward(state.module)
+    if state.config.clip is not None:
+        norm = accelerator.clip_grad_norm_(parameters, state.config.clip)
         # fp16 overflows now and then by design: its scaler skips that step
         if accelerator.scaler is None and not torch.isfinite(norm):
             raise TrainingError(
-                f"a gradient is NaN or infinite at epoch {epoch}, batch {number}, "
-                f"samples {_shorten(batch.ids)}, although the loss is finite. Lower "
+                f"a gradient is NaN or infinite at epoch {state.epoch}, batch {number},"
+                f" samples {_shorten(batch.ids)}, although the loss is finite. Lower "
                 "the learning rate, or look for sqrt or division at zero."
             )
     optimiser.step()
     for rule in rules:
-        rule.after_step(accelerator.unwrap_model(model))
+        rule.after_step(state.module)
 
 
 def _accelerator(config: TrainConfig):
@@ -619,20 +576,20 @@ class _State:
         sums = self.accelerator.reduce(sums, reduction="sum")
         return float(sums[0]), int(sums[1])
 
-    def end_epoch(self, valid: float, seconds: float) -> None:
+    def end_epoch(self, valid: float | None, seconds: float) -> None:
         loss_sum, samples = self.totals()
         row = {
             "epoch": self.epoch,
             "train": loss_sum / samples,
-            "valid": valid,
+            **({} if valid is None else {"valid": valid}),
             "seconds": round(seconds, 3),
         }
         for rule in self.rules:
-            rule.epoch_end(row)
+            rule.epoch_end(self.module, row)
         self.history.append(row)
-        if valid < self.best_value:
+        if valid is not None and valid < self.best_value:
             self.best_value, self.best_epoch = valid, self.epoch
-            self.best = _copy(trained_state(self.module))
+            self.best = copied(trained_state(self.module))
         self.epoch += 1
         self.batches_done, self.samples, self.loss_sum = 0, 0, 0.0
 
@@ -701,25 +658,6 @@ class _State:
             self.samples, self.loss_sum = 0, 0.0
 
 
-def _count(module: nn.Module) -> tuple[int, int]:
-    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
-    return sum(n for n, train in sizes if train), sum(n for n, _ in sizes)
-
-
-def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
-
-
-def weights_sha256(module: nn.Module) -> str:
-    """Content hash of every parameter and buffer of a module."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        data = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(data.shape)} {data.dtype}".encode())
-        digest.update(data.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 # ---------------------------------------------------------------- the evaluator
 
 
@@ -766,48 +704,61 @@ def _autocast(device: torch.device, precision: str):
 def select(
     candidates: Mapping[str, Callable[[Split], np.ndarray]],
     corpus: Corpus,
-    label: str = "sentiment",
+    task: Task = SENTIMENT,
 ) -> Frozen:
-    """Choose among fitted predictors by validation MAE; freeze the best.
+    """Choose among fitted predictors by the task's metric on validation; freeze it.
 
-    candidates: name -> function of a split giving (n, k) predictions. Ties go to the
-    first. A single candidate is allowed: nothing is chosen, and the receipt says so.
+    candidates: name -> function of a split giving (n, o) outputs. Ties go to the first.
+    A single candidate is allowed: nothing is chosen, and the receipt says so. Raises
+    `TrainingError` naming a candidate whose outputs are not finite or of another shape.
     """
     if not candidates:
         raise TrainingError("there is no candidate to select from")
-    truth = corpus.valid.labels[label]
-    scores, outputs = {}, {}
+    truth = corpus.valid.labels[task.label]
+    scores, found = {}, {}
     for name, predictor in candidates.items():
-        outputs[name] = _checked(predictor(corpus.valid), truth.shape, name)
-        scores[name] = float(np.abs(outputs[name] - truth).mean())
-    best = min(scores, key=scores.__getitem__)
+        found[name] = _checked(predictor(corpus.valid), task, truth, name)
+        scores[name] = task.score(truth, found[name])
+    pick = max if task.higher_is_better else min
+    best = pick(scores, key=scores.__getitem__)
+    metric = f"validation {metrics.describe(task.metric).name}"
     predictor = candidates[best]
     receipt = Receipt(
         corpus=corpus.fingerprint,
-        artefact=hashlib.sha256(outputs[best].tobytes()).hexdigest(),
-        metric="validation MAE",
+        artefact=hashlib.sha256(found[best].tobytes()).hexdigest(),
+        metric=metric,
         value=scores[best],
         candidates=len(candidates),
     )
+    end = "highest" if task.higher_is_better else "lowest"
     return Frozen(
         predict=lambda split, _label: np.asarray(predictor(split)),
         receipt=receipt,
-        selection=f"lowest validation MAE of {len(candidates)} candidates",
+        selection=f"{end} {metric} of {len(candidates)} candidates",
         chosen=best,
     )
 
 
-def _checked(prediction, shape: tuple[int, ...], name: str) -> np.ndarray:
-    prediction = np.asarray(prediction, dtype=np.float64)
-    if prediction.shape != shape:
+def _checked(outputs, task: Task, truth: np.ndarray, name: str) -> np.ndarray:
+    """Outputs of a candidate as float64, of the task's shape and finite."""
+    outputs = np.asarray(outputs, dtype=np.float64)
+    expected = truth.shape if truth.ndim > 1 else (len(truth), task.outputs)
+    if outputs.shape != expected:
         raise TrainingError(
-            f"{name!r} predicts shape {prediction.shape}, the labels are {shape}"
+            f"{name!r} predicts shape {outputs.shape}, the labels are {truth.shape}; "
+            f"expected {expected}"
         )
-    return prediction
+    bad = int((~np.isfinite(outputs)).sum())
+    if bad:
+        raise TrainingError(
+            f"{name!r} gives {bad} of {outputs.size} validation predictions that are "
+            "NaN or infinite. Mend it, or leave it out of the candidates."
+        )
+    return outputs
 
 
 def evaluate(
-    frozen: Frozen, corpus: Corpus, split: str = "test", *, label: str = "sentiment"
+    frozen: Frozen, corpus: Corpus, split: str = "test", *, task: Task = SENTIMENT
 ) -> Predictions:
     """Predict one split with a frozen predictor; the way to test metrics.
 
@@ -828,11 +779,11 @@ def evaluate(
             "training.fit, or select among the variants with training.select"
         )
     part = corpus[split]
-    prediction = frozen.predict(part, label)
+    prediction = frozen.predict(part, task.label)
     part = part.unseal(frozen.receipt) if part.sealed else part
-    if label not in part.labels:
-        raise unknown("label", label, part.labels)
-    truth = part.labels[label]
+    if task.label not in part.labels:
+        raise unknown("label", task.label, part.labels)
+    truth = part.labels[task.label]
     if truth.ndim == 2 and truth.shape[1] == 1:
         truth, prediction = truth[:, 0], prediction[:, 0]
     return Predictions(list(part.ids), truth, prediction, split, corpus.fingerprint)

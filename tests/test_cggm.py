@@ -12,13 +12,11 @@ from toy import ToyModel, toy_corpus
 
 from mmsa_lib.corpora import lesions, store
 from mmsa_lib.errors import ConfigError, CorpusError, TrainingError, UnknownNameError
+from mmsa_lib.methods.balancing import OGMGE, ModalityDropout
 from mmsa_lib.methods.cggm import (
-    OGMGE,
-    TASKS,
     CGGMConfig,
     Classifiers,
     GradientModulator,
-    ModalityDropout,
     StackedLinear,
     balance,
     direction_loss,
@@ -27,9 +25,8 @@ from mmsa_lib.methods.cggm import (
     tally,
 )
 from mmsa_lib.nets import (
-    CGGM,
+    RATES,
     Dropout,
-    EarlyFusion,
     FusionConfig,
     LateFusion,
     MiddleFusion,
@@ -39,9 +36,10 @@ from mmsa_lib.nets import (
     count_parameters,
     modality_modules,
 )
-from mmsa_lib.nets.segmentation import SegmentationNet, pixel_loss
+from mmsa_lib.nets.segmentation import SegmentationNet
 from mmsa_lib.press.chapters import open_book
-from mmsa_lib.training import TrainConfig, cross_entropy, evaluate, fit, l1
+from mmsa_lib.tasks import SENTIMENT, classes, pixels, sentiment
+from mmsa_lib.training import TrainConfig, evaluate, fit
 
 CPU = torch.device("cpu")
 WIDTHS = {"text": 6, "audio": 4, "vision": 5, "pose": 3, "gaze": 2, "hands": 4}
@@ -75,7 +73,7 @@ def step(model, rule, batch, loss=None):
     """Forward and backward with a rule; returns gradients before and after it."""
     model.zero_grad()
     output = model(batch)
-    rule.loss(output, batch, (loss or l1())(output, batch)).backward()
+    rule.loss(output, batch, (loss or SENTIMENT.objective)(output, batch)).backward()
     before = {k: p.grad.clone() for k, p in model.named_parameters()}
     rule.after_backward(model)
     return before, {k: p.grad.clone() for k, p in model.named_parameters()}
@@ -124,7 +122,8 @@ def test_fast_modalities_are_slowed_and_slow_ones_are_not():
 @pytest.mark.parametrize("task", ["regression", "classification"])
 def test_closed_form_equals_autograd_in_value_and_derivative(task):
     torch.manual_seed(0)
-    kind, N, D, o = TASKS[task], 9, 5, 1 if task == "regression" else 4
+    kind = SENTIMENT if task == "regression" else classes("class", 4)
+    N, D, o = 9, 5, kind.outputs
     z = torch.randn(N, D, dtype=torch.float64, requires_grad=True)
     W = torch.randn(o, D, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(o, dtype=torch.float64)
@@ -155,7 +154,7 @@ def test_closed_form_of_a_picture_sums_over_samples_and_pixels():
     p = conv(x)
     loss = nn.functional.cross_entropy(p, y)
     (theirs,) = torch.autograd.grad(loss, conv.weight)
-    slope = TASKS["segmentation"].slope(flat(p), y.flatten()) / y.numel()
+    slope = pixels().slope(flat(p), y.flatten()) / y.numel()
     ours = last_gradient(slope, flat(x))
     torch.testing.assert_close(ours, theirs[..., 0, 0], atol=1e-12, rtol=1e-12)
 
@@ -269,7 +268,7 @@ def test_classifiers_change_no_gradient_of_the_model_and_are_not_part_of_it():
     batch = CORPUS.train.batch(range(16))
     model = middle()
     rule = begin(model, GradientModulator(config))
-    l1()(model(batch), batch).backward()
+    SENTIMENT.objective(model(batch), batch).backward()
     plain = {k: p.grad.clone() for k, p in model.named_parameters()}
     before, after = step(model, rule, batch)
     for k, g in plain.items():
@@ -386,17 +385,18 @@ def test_any_number_of_modalities(M):
 
 def test_classification():
     corpus = CORPUS.with_classes("sentiment", (-0.3, 0.3))
-    rule = GradientModulator(task="classification", label="class")
+    task = classes("class", 3)
+    rule = GradientModulator(task=task)
     frozen = fit(
         lambda: middle(corpus, outputs={"class": 3}),
         corpus,
         settings(epochs=8),
-        loss=cross_entropy("class"),
+        loss=task.objective,
         rules=[rule],
     )
     assert rule.classifiers.out.weight.shape == (3, 3, 12)
     assert frozen.history[-1]["train"] < 0.95 * frozen.history[0]["train"]
-    assert evaluate(frozen, corpus, label="class").prediction.shape == (12, 3)
+    assert evaluate(frozen, corpus, task=task).prediction.shape == (12, 3)
 
 
 @pytest.mark.parametrize("mode", ["paper", "official"])
@@ -407,15 +407,14 @@ def test_segmentation(mode):
     )
     rule = GradientModulator(
         config,
-        task="segmentation",
-        label="lesion",
+        task=pixels(),
         output=lambda model: model.out,
     )
     frozen = fit(
         lambda: SegmentationNet(corpus.modalities, width=6),
         corpus,
         settings(epochs=3),
-        loss=pixel_loss("lesion"),
+        loss=pixels().objective,
         rules=[rule],
     )
     assert rule.classifiers.out.weight.shape == (4, 4, 6)
@@ -464,10 +463,10 @@ def test_speed_is_the_growth_of_the_metric():
     for value in values:
         neutral = feed(rule, value)
         torch.testing.assert_close(neutral, torch.full((2,), 0.5).double())
-    rule.epoch_end({})
+    rule.epoch_end(None, {})
     torch.testing.assert_close(rule._state["level"], values.mean(0))
     assert feed(rule, values[1]).tolist() == [0.5, 0.5]  # one value has no growth
-    rule.epoch_end({})
+    rule.epoch_end(None, {})
     torch.testing.assert_close(
         feed(rule, values[2]), balance(values[1] - values.mean(0))
     )
@@ -547,7 +546,7 @@ def test_state_makes_a_resumed_run_equal_an_uninterrupted_one(tmp_path):
         config = CGGMConfig(mode=mode)
 
         def build():
-            return middle(dropout=CGGM, mode=mode)  # noqa: B023
+            return middle(dropout=RATES["cggm"], mode=mode)  # noqa: B023
 
         whole = fit(build, CORPUS, plan(mode), rules=[GradientModulator(config)])
         with pytest.raises(Stop):
@@ -587,15 +586,22 @@ def test_state_round_trip_of_the_rule():
 def test_equal_speeds_at_the_neutral_scale_are_plain_training():
     config = CGGMConfig(rho=1.5, lam=0.0, speed="epoch")  # neutral in the first epochs
     plan = settings(epochs=1, optimiser="sgd", batch_size=8)
-    plain = fit(lambda: middle(dropout=CGGM), CORPUS, plan)
+    rates = RATES["cggm"]
+    plain = fit(lambda: middle(dropout=rates), CORPUS, plan)
     ruled = fit(
-        lambda: middle(dropout=CGGM), CORPUS, plan, rules=[GradientModulator(config)]
+        lambda: middle(dropout=RATES["cggm"]),
+        CORPUS,
+        plan,
+        rules=[GradientModulator(config)],
     )
     for a, b in zip(plain.module.parameters(), ruled.module.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
     off = CGGMConfig(rho=1.3, lam=0.0, speed="epoch")
     other = fit(
-        lambda: middle(dropout=CGGM), CORPUS, plan, rules=[GradientModulator(off)]
+        lambda: middle(dropout=RATES["cggm"]),
+        CORPUS,
+        plan,
+        rules=[GradientModulator(off)],
     )
     assert other.receipt.artefact != plain.receipt.artefact
 
@@ -645,7 +651,7 @@ def test_accumulation_adds_the_direction_of_each_batch():
     batches = [CORPUS.train.batch(range(a, a + 8)) for a in (0, 8)]
     for batch in batches:
         output = model(batch)
-        rule.loss(output, batch, l1()(output, batch)).backward()
+        rule.loss(output, batch, SENTIMENT.objective(output, batch)).backward()
     f = copy.deepcopy(rule.classifiers)
     rule.after_backward(model)
 
@@ -703,7 +709,7 @@ def _process(rank, port, results):
         rows = range(start + 8 * rank, start + 8 * rank + 8)
         batch = CORPUS.train.batch(rows)
         output = model(batch)
-        rule.loss(output, batch, l1()(output, batch)).backward()
+        rule.loss(output, batch, SENTIMENT.objective(output, batch)).backward()
         rule.after_backward(model)
     parameters = [p.detach().clone() for p in rule.classifiers.parameters()]
     results[rank] = [s["b"] for s in rule.trace], parameters
@@ -744,12 +750,12 @@ def test_on_a_gpu_without_waiting(precision):
     rule.setup(model, torch.device("cuda"))
     batch = CORPUS.train.batch(range(8)).to("cuda")
     output = model(batch)
-    rule.loss(output, batch, l1()(output, batch)).backward()
+    rule.loss(output, batch, SENTIMENT.objective(output, batch)).backward()
     rule.after_backward(model)
     output = model(batch)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        rule.loss(output, batch, l1()(output, batch)).backward()
+        rule.loss(output, batch, SENTIMENT.objective(output, batch)).backward()
         rule.after_backward(model)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -814,9 +820,7 @@ def test_what_a_model_lacks_is_named():
     with pytest.raises(ConfigError, match=r"no hidden states of text, audio, vision"):
         run(lambda: LateFusion(late))
     with pytest.raises(UnknownNameError, match="prediction 'happy'"):
-        run(middle, label="happy")
-    with pytest.raises(UnknownNameError, match="regression"):
-        GradientModulator(task="regresion")
+        run(middle, task=sentiment("happy"))
     with pytest.raises(UnknownNameError, match="modality 'smell'"):
         run(middle, features=lambda model: {"smell": model.encoders["text"]})
 
@@ -937,7 +941,7 @@ def test_overfits_a_handful():
 def test_same_seed_same_weights():
     first, again, other = (
         fit(
-            lambda: middle(dropout=CGGM),
+            lambda: middle(dropout=RATES["cggm"]),
             CORPUS,
             settings(seed=seed),
             rules=[GradientModulator()],
@@ -984,31 +988,25 @@ def test_ogm_ge_slows_the_confident_modality_and_adds_noise():
 def test_ogm_ge_reads_the_probability_of_the_true_class():
     logits = torch.randn(1, 5, 3)
     y = torch.randint(3, (5,))
-    confidence = (-TASKS["classification"].loss(logits, y)).exp()
+    confidence = (-classes("class", 3).loss(logits, y)).exp()
     expected = logits.softmax(-1)[0, torch.arange(5), y]
     torch.testing.assert_close(confidence[0], expected)
 
 
 def test_modality_dropout_drops_in_training_and_never_everything():
-    model = EarlyFusion(FusionConfig(CORPUS.dims, width=12, layers=1, heads=3))
-    seen = []
     rule = ModalityDropout(0.4)
-    rule.setup(model, CPU)
-    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     torch.manual_seed(0)
     batch = CORPUS.train.batch(list(range(32)) * 20)
-    model.train()(batch)
-    there = torch.stack(list(seen[-1].available.values()))
+    found = rule.batch(batch, epoch=0)
+    there = torch.stack(list(found.available.values()))
     assert there.any(0).all()
     # P(kept) = .6 + .4 * P(all others dropped as well)
     assert float(there.float().mean()) == pytest.approx(0.6 + 0.4**3, abs=0.04)
     for m in CORPUS.modalities:
-        dropped = ~seen[-1].available[m]
-        assert not seen[-1].mask[m][dropped].any()
-        kept = seen[-1].available[m]
-        assert torch.equal(seen[-1].mask[m][kept], batch.mask[m][kept])
-    model.eval()(batch)
-    assert seen[-1] is batch
+        kept = found.available[m]
+        assert not found.mask[m][~kept].any()
+        assert torch.equal(found.mask[m][kept], batch.mask[m][kept])
+        assert batch.available[m].all()  # validation and test see the batch as it is
     with pytest.raises(ConfigError, match="probability"):
         ModalityDropout(1.0)
 

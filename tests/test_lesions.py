@@ -10,7 +10,8 @@ import torch
 
 from mmsa_lib.corpora import lesions
 from mmsa_lib.errors import CorpusError
-from mmsa_lib.nets.segmentation import SegmentationNet, pixel_loss
+from mmsa_lib.nets.segmentation import SegmentationNet
+from mmsa_lib.tasks import pixels
 
 CORPUS = lesions.load(sizes=(40, 8, 8), side=16)
 
@@ -136,7 +137,7 @@ def test_net_gives_a_logit_a_pixel_and_reads_every_channel():
     assert output.predictions["lesion"].shape == (3, 4, 16, 16)
     assert output.last.shape == (3, 6, 16, 16)
     assert all(h.shape == (3, 6, 16, 16) for h in output.hidden.values())
-    loss = pixel_loss()(output, batch)
+    loss = pixels().objective(output, batch)
     truth = batch.labels["lesion"].long().view(3, 16, 16)
     chosen = output.predictions["lesion"].log_softmax(1).gather(1, truth[:, None])
     torch.testing.assert_close(loss, -chosen.mean())

@@ -13,8 +13,7 @@ from torch import nn
 from mmsa_lib.corpora.schema import Batch
 from mmsa_lib.errors import ConfigError, CorpusError, UnknownNameError
 from mmsa_lib.nets import (
-    CASP,
-    CGGM,
+    RATES,
     Dropout,
     EarlyFusion,
     Encoder,
@@ -610,7 +609,7 @@ def test_middle_fusion_hidden_can_be_fused_again():
     batch, model = make_batch(), build("middle").eval()
     with torch.no_grad():
         output = model(batch)
-        z = model.fuse(output.hidden, output.mask)
+        z = model.pool(output.hidden, output.mask)
     assert torch.equal(z, output.pooled)
 
 
@@ -712,7 +711,7 @@ def test_training_fits_a_handful_of_samples(kind):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_dropout_is_seeded_and_off_in_eval(kind):
-    model, batch = build(kind, dropout=CGGM), make_batch()
+    model, batch = build(kind, dropout=RATES["cggm"]), make_batch()
     assert torch.equal(predict(model, batch), predict(model, batch))
     model.train()
     values = []
@@ -726,7 +725,7 @@ def test_dropout_is_seeded_and_off_in_eval(kind):
 @pytest.mark.parametrize("kind", MODELS)
 def test_paper_rates_are_the_default(kind):
     model = MODELS[kind](FusionConfig(DIMS, width=8, layers=3, heads=2))
-    expected = {"late": CASP, "early": CASP, "middle": CGGM}
+    expected = {"late": RATES["casp"], "early": RATES["casp"], "middle": RATES["cggm"]}
     if kind in expected:
         assert model.rates == expected[kind]
     encoders = [x for x in model.modules() if isinstance(x, Encoder)]
@@ -765,7 +764,7 @@ def test_save_and_load(kind, tmp_path):
 
 
 def test_config_survives_a_record():
-    config = FusionConfig(DIMS, dropout=CASP, readout="mean")
+    config = FusionConfig(DIMS, dropout=RATES["casp"], readout="mean")
     assert FusionConfig(**asdict(config)) == config
 
 

@@ -13,7 +13,7 @@ from test_parity_nets import MODALITIES, Fixture, batch_of
 from mmsa_lib.methods.cggm import CGGMConfig, GradientModulator
 from mmsa_lib.nets import Dropout, Encoder, MiddleFusion, from_official
 from mmsa_lib.nets.official import _rename
-from mmsa_lib.training import l1
+from mmsa_lib.tasks import SENTIMENT
 
 RUNS = ("adam_cggm", "sgd_cggm", "adam_none", "adam_cggm_degenerate")
 SCALAR, SUM, SGD, ADAM = 1e-5, 1e-3, 1e-5, 5e-5
@@ -95,7 +95,7 @@ def replay(fixture, name):
         batch = batch_of({m: fixture[where + m] for m in MODALITIES})
         batch.labels["sentiment"] = fixture[where + "labels"].view(len(batch), -1)
         output = model(batch)
-        task = l1()(output, batch)
+        task = SENTIMENT.objective(output, batch)
         late = rule._late if rule else None
         total = rule.loss(output, batch, task) if rule else task
         optimiser.zero_grad()

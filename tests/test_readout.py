@@ -49,6 +49,7 @@ from mmsa_lib.methods.readout import (
 )
 from mmsa_lib.nets import omni
 from mmsa_lib.nets.omni import MODALITIES
+from mmsa_lib.nets.trained import trained_state
 from mmsa_lib.runs import load as load_record
 from mmsa_lib.training import TrainConfig
 
@@ -797,7 +798,7 @@ def test_saved_and_loaded_scores_are_equal(saved, overfit, batch):
     assert not loaded.training
     expected = score(overfit.module, batch)
     torch.testing.assert_close(score(loaded, batch), expected, rtol=0, atol=0)
-    trained = training.trained_state(overfit.module)
+    trained = trained_state(overfit.module)
     parts = load_file(saved / "adapter_model.safetensors")
     parts |= load_file(saved / "regressor.safetensors")
     # what was trained, and none of the base weights

@@ -294,12 +294,12 @@ def test_reference_tables_need_a_source(tmp_path):
 def test_a_full_or_read_only_disk_leaves_no_half_record(tmp_path, monkeypatch):
     record = runs.measure("floor", oracle=0.25)
 
-    def full(self, text, **_):
-        with open(self, "w") as file:
-            file.write(text[:20])
+    def full(self, data):
+        with open(self, "wb") as file:
+            file.write(data[:20])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runs.Path, "write_text", full)
+    monkeypatch.setattr(runs.Path, "write_bytes", full)
     with pytest.raises(RecordError, match="No space left"):
         runs.save(record, tmp_path / "full")
     assert list((tmp_path / "full").iterdir()) == []

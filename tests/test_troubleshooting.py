@@ -23,8 +23,9 @@ from mmsa_lib.corpora import download, mosi_text_audio, store
 from mmsa_lib.corpora.pickles import load_pickle
 from mmsa_lib.corpora.schema import Ragged, make_corpus
 from mmsa_lib.nets import Encoder, FusionConfig, LateFusion
+from mmsa_lib.nets.trained import freeze
 from mmsa_lib.press.chapters import find_root, open_book
-from mmsa_lib.training import TrainConfig, evaluate, fit, freeze
+from mmsa_lib.training import TrainConfig, evaluate, fit
 
 PAGE = ROOT / "book" / "troubleshooting.md"
 HEADINGS = re.findall(r"^### `(.+)`$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)

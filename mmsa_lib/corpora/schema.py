@@ -158,12 +158,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Receipt:
-    """Proof that a predictor was frozen by validation; the key to a sealed split."""
+    """Proof that a predictor was frozen before the test; the key to a sealed split.
+
+    metric, value   by which validation chose it; no value where nothing was chosen (the
+                    last epoch of a fixed number of them)
+    """
 
     corpus: str  # fingerprint of the corpus it was selected on
     artefact: str  # sha256 of what was frozen
     metric: str
-    value: float
+    value: float | None
     candidates: int  # how many checkpoints or settings validation chose among
 
 

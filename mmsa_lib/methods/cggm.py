@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from mmsa_lib.corpora.schema import Batch
 from mmsa_lib.errors import ConfigError, unknown
 from mmsa_lib.nets.encoder import MODES, Encoder
 from mmsa_lib.nets.fusion import masked_mean, modality_modules
+from mmsa_lib.tasks import SENTIMENT, Task
 from mmsa_lib.training import Rule
 
 # what a mode means, flag by flag; each can be set by itself
@@ -161,46 +162,6 @@ def _cosine(g: Tensor, one: Tensor) -> Tensor:
     return F.cosine_similarity(g.flatten(1), one.flatten()[None], dim=1, eps=1e-12)
 
 
-# per-sample losses (..., N), and their derivatives at the outputs (..., N, o)
-
-
-def _l1(p: Tensor, y: Tensor) -> Tensor:
-    return (p - y).abs().mean(-1)
-
-
-def _l1_slope(p: Tensor, y: Tensor) -> Tensor:
-    return (p - y).sign() / p.shape[-1]
-
-
-def _cross_entropy(p: Tensor, y: Tensor) -> Tensor:
-    y = y.expand(p.shape[:-1])[..., None]
-    return p.logsumexp(-1) - p.gather(-1, y)[..., 0]
-
-
-def _cross_entropy_slope(p: Tensor, y: Tensor) -> Tensor:
-    return p.softmax(-1) - F.one_hot(y, p.shape[-1])
-
-
-@dataclass(frozen=True)
-class Task:
-    """A loss that is a mean over samples, and its derivative at the outputs.
-
-    loss    predictions (..., N, o), truth -> (..., N)
-    slope   the same arguments -> (..., N, o)
-    """
-
-    loss: Callable[[Tensor, Tensor], Tensor]
-    slope: Callable[[Tensor, Tensor], Tensor]
-    metric: str  # how speed is measured unless the configuration says otherwise
-
-
-TASKS = {
-    "regression": Task(_l1, _l1_slope, "sign"),
-    "classification": Task(_cross_entropy, _cross_entropy_slope, "accuracy"),
-    "segmentation": Task(_cross_entropy, _cross_entropy_slope, "dice"),
-}
-
-
 def tally(
     metric: str, p: Tensor, y: Tensor, weight: Tensor, regions=None
 ) -> tuple[Tensor, Tensor]:
@@ -313,9 +274,8 @@ class GradientModulator(Rule):
     config      `CGGMConfig`
     groups      modality -> its modules; or a function of the model, and of whether
                 input projections count, that returns this (default: those of `nets`)
-    task        "regression" (L1), "classification", "segmentation" (cross-entropy a
-                pixel; labels (B, H W) or (B, H, W)) or a `Task`
-    label       which of the model's predictions and of the batch's labels it is about
+    task        the `tasks.Task` that the model is trained for: which prediction and
+                label it is about, its loss and slope, and how speed is measured
     features    modality -> module whose output is H_m (or a function of the model);
                 None reads `output.hidden`. (B, T, D), (B, D) or pictures (B, D, H, W)
     output      function of the model -> its last linear layer, for compare="weights"
@@ -339,18 +299,15 @@ class GradientModulator(Rule):
         config: CGGMConfig | None = None,
         *,
         groups: Groups | Callable[[nn.Module, bool], Groups] = modality_modules,
-        task: str | Task = "regression",
-        label: str = "sentiment",
+        task: Task = SENTIMENT,
         features: Mapping[str, nn.Module] | Callable | None = None,
         output: Callable[[nn.Module], nn.Linear] = lambda model: model.head.out,
         optimiser: Callable | None = None,
     ):
-        if isinstance(task, str) and task not in TASKS:
-            raise unknown("task", task, TASKS)
         self.config = config or CGGMConfig()
-        self.task = TASKS[task] if isinstance(task, str) else task
-        self.metric = self.config.speed_metric or self.task.metric
-        self.label, self.groups, self.features = label, groups, features
+        self.task = task
+        self.metric = self.config.speed_metric or task.progress
+        self.groups, self.features = groups, features
         self.output, self.optimiser = output, optimiser
         self.classifiers: Classifiers | None = None
         self.trace: list[dict[str, Tensor]] = []
@@ -368,12 +325,14 @@ class GradientModulator(Rule):
         if self.config.compare == "weights" and self.config.direction:
             self._weight = self.output(model).weight
         self._hooked: dict[str, Tensor] = {}
+        self._hooks: list = []
         features = self.features
         features = features(model) if callable(features) else features or {}
         for m in features:
             if m not in self.names:
                 raise unknown("modality", m, self.names)
-            features[m].register_forward_hook(self._remember(m))
+            hook = features[m].register_forward_hook(self._remember(m))
+            self._hooks.append(hook)
         self._seed = torch.initial_seed()  # classifiers belong to the run's seed
         M = len(self.names)
         zero = torch.zeros(M, dtype=torch.float64, device=device)
@@ -455,7 +414,13 @@ class GradientModulator(Rule):
         self._train_classifiers()
         self._begin_step()
 
-    def epoch_end(self, row: dict) -> None:
+    def teardown(self, model: nn.Module) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._hooked.clear()
+
+    def epoch_end(self, model: nn.Module, row: dict) -> None:
         if len(self.names) < 2:
             return
         state = self._state
@@ -497,21 +462,15 @@ class GradientModulator(Rule):
 
     def _target(self, output, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Predictions (N, o), inputs of the last layer (N, D') and truth, flattened."""
-        if self.label not in output.predictions:
-            raise unknown("prediction", self.label, output.predictions)
-        if self.label not in batch.labels:
-            raise unknown("label", self.label, batch.labels)
+        prediction, truth = self.task.pair(output, batch)
         last = getattr(output, "last", None)
         if last is None:
             raise ConfigError(
                 "the model's output has no `last`, the input of its final linear "
                 "layer: classifiers take its width and the direction loss its values"
             )
-        prediction, truth = output.predictions[self.label], batch.labels[self.label]
-        if self.task is not TASKS["regression"]:
-            truth = truth.long()
-            truth = truth.flatten() if prediction.ndim == 4 else truth
-        return flat(prediction).float(), flat(last).float(), truth
+        truth = truth.flatten() if prediction.ndim == 4 else truth
+        return flat(prediction), flat(last).float(), truth
 
     # ------------------------------------------------------------ coefficients
 
@@ -685,66 +644,3 @@ def _sum_over_processes(*tensors: Tensor) -> int:
     for tensor in tensors:
         dist.all_reduce(tensor)
     return dist.get_world_size()
-
-
-# ---------------------------------------------------------------- comparators
-
-
-class OGMGE(GradientModulator):
-    """On-the-fly gradient modulation with generalisation enhancement, for M modalities.
-
-    The original compares two modalities by their confidence in the true class. Here the
-    confidence of a sample is exp(-loss) of its auxiliary classifier, which for classes
-    is the probability of the true one and for regression exp(-|error|); r_m is the mean
-    confidence of m over the mean of the others. A modality ahead (r_m > 1) is slowed
-    down by 1 - tanh(alpha r_m), the others are left alone. Generalisation enhancement
-    adds to each scaled weight matrix noise as large as its scaled gradient's spread.
-    """
-
-    def __init__(self, alpha: float = 0.3, enhance: bool = True, **options):
-        config = options.pop("config", None) or CGGMConfig()
-        super().__init__(replace(config, direction=False), **options)
-        self.alpha, self.enhance = alpha, enhance
-
-    def _decide(self, p: Tensor, truth: Tensor, weight: Tensor) -> None:
-        confidence = (-self.task.loss(p, truth)).exp() * weight
-        sums = (confidence.double().sum(1, keepdim=True), weight.double().sum(1, True))
-        self._count(sums)
-        mean = (self._sums[0] / self._sums[1].clamp(min=1e-12))[:, 0]
-        others = (mean.sum() - mean) / (len(mean) - 1)
-        ratio = mean / others.clamp(min=1e-12)
-        self._b = torch.where(ratio > 1, 1 - torch.tanh(self.alpha * ratio), 1.0)
-        self._scale = self._b
-
-    def _modulate(self, parameters: list[nn.Parameter], c: Tensor) -> None:
-        super()._modulate(parameters, c)
-        if self.enhance:
-            for p in parameters:
-                if p.ndim > 1:
-                    p.grad += torch.randn_like(p.grad) * p.grad.std()
-
-
-class ModalityDropout(Rule):
-    """In training, each sample loses each modality with probability `p`, never all.
-
-    A sample that would lose every modality keeps all of them.
-    """
-
-    def __init__(self, p: float = 0.2):
-        if not 0 <= p < 1:
-            raise ConfigError(f"a probability of dropping is in [0, 1): {p}")
-        self.p = p
-
-    def setup(self, model: nn.Module, device: torch.device) -> None:
-        model.register_forward_pre_hook(self._drop)
-
-    def _drop(self, model: nn.Module, inputs: tuple) -> tuple | None:
-        if not model.training:
-            return None
-        batch, *rest = inputs
-        there = torch.stack(list(batch.available.values()))  # (M, B)
-        kept = there & (torch.rand(there.shape, device=there.device) >= self.p)
-        kept = torch.where(kept.any(0), kept, there)
-        available = dict(zip(batch.available, kept, strict=True))
-        mask = {m: k & available[m][:, None] for m, k in batch.mask.items()}
-        return (replace(batch, available=available, mask=mask), *rest)

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from mmsa_lib.corpora import store
 from mmsa_lib.corpora.schema import Card, Ragged, Split, make_corpus
 from mmsa_lib.errors import ConfigError, CorpusError
-from mmsa_lib.methods.wander import Adapted, Hidden
-from mmsa_lib.nets import LateFusion, count_parameters
+from mmsa_lib.methods.adapted import Adapted, Hidden, head_width
+from mmsa_lib.nets import LateFusion, count_parameters, thaw
 
 Build = Callable[[LateFusion, int], nn.Module]
 
@@ -45,8 +45,7 @@ class _Linear(nn.Module):
     def __init__(self, base: LateFusion):
         super().__init__()
         self.outputs = dict(base.config.outputs)
-        wide = len(base.modalities) * base.config.width
-        self.out = nn.Linear(wide, sum(self.outputs.values()))
+        self.out = nn.Linear(head_width(base), sum(self.outputs.values()))
         self.out.to(base.head.out.weight)  # its dtype and device
 
     def forward(self, z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -63,7 +62,7 @@ def linear_probe(base: LateFusion, cached: bool = False) -> Adapted:
 
 def full(base: LateFusion) -> LateFusion:
     """Full fine-tuning: a copy in which everything trains, dropout included."""
-    return copy.deepcopy(base).requires_grad_(True).train()
+    return thaw(copy.deepcopy(base)).train()
 
 
 # ---------------------------------------------------------------- before the head
@@ -78,7 +77,7 @@ class LMF(nn.Module):
 
     def __init__(self, base: LateFusion, size: int, rank: int = 4):
         super().__init__()
-        self.rows, d = _rows_of(base), base.config.width
+        self.rows, d = base.pool, base.config.width
         M = len(base.modalities)
         factors = torch.randn(M, rank, d + 1, size) / math.sqrt(d + 1)
         self.factors = nn.Parameter(factors)
@@ -100,8 +99,7 @@ class Concat(nn.Module):
 
     def __init__(self, base: LateFusion, size: int):
         super().__init__()
-        self.rows = _rows_of(base)
-        wide = len(base.modalities) * base.config.width
+        self.rows, wide = base.pool, head_width(base)
         self.inner, self.outer = nn.Linear(wide, size), _zero(nn.Linear(size, wide))
 
     def forward(self, hidden: Hidden, masks: Hidden) -> Tensor:
@@ -117,15 +115,6 @@ def lmf(base: LateFusion, size: int, cached: bool = False) -> Adapted:
 def concat(base: LateFusion, size: int, cached: bool = False) -> Adapted:
     """A small network on the frozen read-outs side by side."""
     return Adapted(base, Concat(base, size), cached=cached)
-
-
-def _rows_of(base: LateFusion) -> Callable[[Hidden, Hidden], Tensor]:
-    names, pool = base.modalities, base._pool
-
-    def rows(hidden: Hidden, masks: Hidden) -> Tensor:
-        return torch.cat([pool(hidden[m], masks[m]) for m in names], dim=1)
-
-    return rows
 
 
 def _zero(layer: nn.Linear) -> nn.Linear:
@@ -211,8 +200,8 @@ def lora(base: LateFusion, size: int) -> Adapted:
     )
     config._register_custom_module({nn.Linear: Shown})
     inject_adapter_in_model(config, model.base)
-    model.base.head.requires_grad_(True)  # peft has frozen it
-    return model.train(model.training)
+    thaw(model.base.head)  # peft has frozen it
+    return model
 
 
 # ---------------------------------------------------------------- equal parameters

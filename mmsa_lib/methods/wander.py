@@ -15,26 +15,20 @@ copies of it do.
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mmsa_lib.corpora.schema import Batch, Corpus, Ragged
 from mmsa_lib.errors import ConfigError, unknown
-from mmsa_lib.files import replacing
-from mmsa_lib.nets import LateFusion, Output
+from mmsa_lib.methods.adapted import Adapted, Hidden, depth_of, head_width
 from mmsa_lib.nets.encoder import MODES
-from mmsa_lib.nets.fusion import masked_mean, real_steps
+from mmsa_lib.nets.fusion import masked_mean
 
-Hidden = dict[str, Tensor]  # by modality: H_m (B, T_m, d), or masks K_m (B, T_m) bool
 PLACES = ("head", "layers")
 _CHOICES = {
     "cp": ("separable", "tied"),
@@ -311,193 +305,39 @@ def from_copy(adapter: OfficialWander, state: Mapping[str, Tensor]) -> OfficialW
 # ---------------------------------------------------------------- on a frozen backbone
 
 
-class Adapted(nn.Module):
-    """A frozen late-fusion backbone with a head that trains and something before it.
-
-    base     a `LateFusion`; copied, so that several models may share one
-    before   (hidden, masks) -> z (B, M d), what the head receives; None: the rows that
-             the head was trained with
-    layers   adapters (such as `Wander`) after every encoder layer; each adds its gated
-             fused sequence to the first steps of every modality
-    cached   the batches hold hidden states already (see `encode`): the encoders, which
-             never change, need not run again
-    The backbone stays in eval mode and gets no gradient; only its head does.
+class _Repeat(nn.Module):
+    """c (B, d) of an adapter, repeated to fit the pre-trained head: M times in late
+    fusion, whose head takes the read-outs of M modalities side by side.
     """
 
-    def __init__(
-        self,
-        base: LateFusion,
-        before: Callable[[Hidden, Hidden], Tensor] | None = None,
-        layers: list[nn.Module] | None = None,
-        cached: bool = False,
-    ):
+    def __init__(self, adapter: Wander | OfficialWander, times: int):
         super().__init__()
-        if not isinstance(base, LateFusion):
-            raise ConfigError(
-                f"the adapters here attach to a LateFusion, not {type(base).__name__}"
-            )
-        depth = base.config.layers
-        if layers is not None and len(layers) != depth:
-            raise ConfigError(f"{len(layers)} adapters for {depth} encoder layers")
-        if cached and layers is not None:
-            raise ConfigError(
-                "adapters inside the encoders change the hidden states, which can then "
-                "not be computed in advance: use cached=False"
-            )
-        self.base = copy.deepcopy(base).requires_grad_(False)
-        self.base.head.requires_grad_(True)
-        self.before = before
-        self.layers = None if layers is None else nn.ModuleList(layers)
-        self.cached = cached
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> Adapted:
-        super().train(mode)
-        self.base.encoders.eval()
-        return self
-
-    def forward(self, batch: Batch) -> Output:
-        """Raises `UnknownNameError` or `CorpusError` as the backbone does."""
-        if self.cached:
-            dims = dict.fromkeys(self.base.modalities, self.base.config.width)
-            hidden, masks = batch.features, real_steps(batch, dims)
-            hidden = {m: h.to(self.base._dtype) for m, h in hidden.items()}
-        elif self.layers is not None:
-            hidden, masks = self._layer_by_layer(batch)
-        elif self.before is None:
-            return self.base(batch)
-        else:
-            with torch.no_grad():
-                output = self.base(batch, hidden=True)
-            hidden, masks = output.hidden, output.mask
-        z = (self.before or self.rows)(hidden, masks)
-        predictions, last = self.base.head(z)
-        return Output(predictions, z, last, hidden, masks)
-
-    def rows(self, hidden: Hidden, masks: Hidden) -> Tensor:
-        """[H_t[0]; H_a[0]; ...] (B, M d): what the backbone's head was trained with."""
-        read = [self.base._pool(hidden[m], masks[m]) for m in self.base.modalities]
-        return torch.cat(read, dim=1)
-
-    def _layer_by_layer(self, batch: Batch) -> tuple[Hidden, Hidden]:
-        embedded, masks = self.base.embed(batch)
-        encoders, x, keys = self.base.encoders, {}, {}
-        for m, encoder in encoders.items():
-            x[m], keys[m] = encoder.begin(embedded[m], masks[m])
-        for i, adapter in enumerate(self.layers):
-            x = {m: e.layers[i](x[m], keys[m]) for m, e in encoders.items()}
-            fused = adapter.gate * adapter.fuse(x, masks)
-            x = {m: _add_to_prefix(h, fused, masks[m]) for m, h in x.items()}
-        return {m: e.end(x[m], masks[m]) for m, e in encoders.items()}, masks
-
-
-def _add_to_prefix(h: Tensor, fused: Tensor, mask: Tensor) -> Tensor:
-    """Add fused (B, T_o, d) to the first real steps of h (B, T, d)."""
-    T = h.shape[1]
-    fused = F.pad(fused[:, :T], (0, 0, 0, max(T - fused.shape[1], 0)))
-    return h + fused * mask[..., None].to(h.dtype)
-
-
-class _Repeat(nn.Module):
-    """c (B, d) of an adapter, repeated M times to fit the pre-trained head."""
-
-    def __init__(self, adapter: Wander | OfficialWander):
-        super().__init__()
-        self.adapter = adapter
+        self.adapter, self.times = adapter, times
 
     def forward(self, hidden: Hidden, masks: Hidden) -> Tensor:
-        return self.adapter.read(hidden, masks).repeat(1, len(self.adapter.modalities))
+        return self.adapter.read(hidden, masks).repeat(1, self.times)  # (B, D_z)
 
 
 def attach(
-    base: LateFusion, config: WanderConfig | None = None, cached: bool = False
+    base: nn.Module, config: WanderConfig | None = None, cached: bool = False
 ) -> Adapted:
-    """A frozen copy of `base` with a Wander adapter; only adapter and head train."""
+    """A frozen copy of `base` with a Wander adapter; only adapter and head train.
+
+    base   `LateFusion`, `EarlyFusion`, `MiddleFusion` or `MulT`
+    """
     config = config or WanderConfig()
+    names, width = base.modalities, base.hidden_width
+    times = head_width(base) // width
     if config.mode == "official":
         if config.place != "head":
             raise ConfigError("the copies place the adapter once, before the head")
-        adapter = OfficialWander(base.modalities, base.config.width, config)
-        return Adapted(base, _Repeat(adapter), cached=cached)
+        adapter = OfficialWander(names, width, config)
+        return Adapted(base, _Repeat(adapter, times), cached=cached)
 
     def build():
-        return Wander(base.modalities, base.config.width, config)
+        return Wander(names, width, config)
 
     if config.place == "layers":
-        layers = [build() for _ in range(base.config.layers)]
+        layers = [build() for _ in range(depth_of(base))]
         return Adapted(base, layers=layers, cached=cached)
-    return Adapted(base, _Repeat(build()), cached=cached)
-
-
-# ---------------------------------------------------------------- hidden states, files
-
-
-@torch.no_grad()
-def encode(base: LateFusion, corpus: Corpus, batch_size: int = 256) -> Corpus:
-    """The corpus with the frozen backbone's H_m (T, d) in place of its features.
-
-    What never changes is computed once. The test split stays sealed.
-    """
-    training = base.training
-    base.eval()
-    device = next(base.parameters()).device
-
-    def encoded(split):
-        rows = {m: [] for m in base.modalities}
-        for batch in split.batches(batch_size):
-            output = base(batch.to(device), hidden=True)
-            for m, h in output.hidden.items():
-                mask = output.mask[m]
-                steps = h[mask].float().cpu().split(mask.sum(1).tolist())
-                rows[m] += [x.numpy() for x in steps]
-        return split._with(features={m: Ragged.from_list(x) for m, x in rows.items()})
-
-    out = corpus._map(encoded)
-    base.train(training)
-    return out
-
-
-def longest(corpus: Corpus) -> dict[str, int]:
-    """T_m: the longest sequence of each modality over all splits, for `max_len`."""
-    splits = corpus.splits.values()
-    return {
-        m: max(int(s.features[m].lengths.max(initial=1)) for s in splits)
-        for m in corpus.modalities
-    }
-
-
-def trained(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that train, by name: what `save` writes."""
-    return {n: p for n, p in model.named_parameters() if p.requires_grad}
-
-
-def save(model: nn.Module, path: str | Path) -> Path:
-    """Write only what was trained, as safetensors, atomically."""
-    state = {n: p.detach().cpu().contiguous() for n, p in trained(model).items()}
-    with replacing(path) as part:
-        save_file(state, part)
-    return Path(path)
-
-
-def load(model: nn.Module, path: str | Path) -> nn.Module:
-    """Read what `save` wrote into a model built the same way; returns it.
-
-    Raises `ConfigError` naming what is missing, left over or of another shape.
-    """
-    state, wanted = load_file(path), trained(model)
-    problems = [f"missing {n}" for n in wanted if n not in state]
-    problems += [f"not trained here: {n}" for n in state if n not in wanted]
-    problems += [
-        f"{n} is {tuple(p.shape)}, expected {tuple(wanted[n].shape)}"
-        for n, p in state.items()
-        if n in wanted and p.shape != wanted[n].shape
-    ]
-    if problems:
-        raise ConfigError(
-            f"{Path(path).name} does not fit this model ({'; '.join(problems[:4])}). "
-            "Build it with the same backbone and configuration."
-        )
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(state[name])
-    return model
+    return Adapted(base, _Repeat(build(), times), cached=cached)

@@ -2,10 +2,7 @@
 
 from mmsa_lib.nets.encoder import Dropout, Encoder, EncoderLayer
 from mmsa_lib.nets.fusion import (
-    CASP,
-    CGGM,
-    MPLMM,
-    WANDER,
+    RATES,
     EarlyFusion,
     FusionConfig,
     Head,
@@ -16,13 +13,11 @@ from mmsa_lib.nets.fusion import (
     modality_modules,
 )
 from mmsa_lib.nets.official import from_official
-from mmsa_lib.nets.output import Output, count_parameters
+from mmsa_lib.nets.output import Output
+from mmsa_lib.nets.trained import count_parameters, freeze, thaw
 
 __all__ = [
-    "CASP",
-    "CGGM",
-    "MPLMM",
-    "WANDER",
+    "RATES",
     "Dropout",
     "EarlyFusion",
     "Encoder",
@@ -35,6 +30,8 @@ __all__ = [
     "Output",
     "PooledFusion",
     "count_parameters",
+    "freeze",
     "from_official",
     "modality_modules",
+    "thaw",
 ]

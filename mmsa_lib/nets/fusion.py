@@ -20,11 +20,15 @@ from mmsa_lib.nets.encoder import MODES, Dropout, Encoder
 from mmsa_lib.nets.ops import dropout, linear
 from mmsa_lib.nets.output import Output
 
-# the rates of the released scripts
-CASP = Dropout(attention=0.1, relu=0.1, embedding=0.25, residual=0.1, output=0.0)
-CGGM = Dropout(attention=0.15, relu=0.15, embedding=0.2, residual=0.1, output=0.1)
-MPLMM = Dropout(attention=0.1, relu=0.1, embedding=0.25, residual=0.1, output=0.1)
-WANDER = Dropout(attention=0.2, relu=0.2, embedding=0.15, residual=0.2, output=0.1)
+# the dropout rates of the released scripts, by method
+RATES = {
+    "casp": Dropout(attention=0.1, relu=0.1, embedding=0.25, residual=0.1, output=0.0),
+    "cggm": Dropout(attention=0.15, relu=0.15, embedding=0.2, residual=0.1, output=0.1),
+    "mplmm": Dropout(attention=0.1, relu=0.1, embedding=0.25, residual=0.1, output=0.1),
+    "wander": Dropout(
+        attention=0.2, relu=0.2, embedding=0.15, residual=0.2, output=0.1
+    ),
+}
 
 READOUTS = ("first", "last", "mean")
 
@@ -88,9 +92,13 @@ class Head(nn.Module):
 
 
 class _Fusion(nn.Module):
-    """What the Transformer models share: projections, and reading a `Batch`."""
+    """What the Transformer models share: projections, and reading a `Batch`.
 
-    rates = CASP  # of the paper that the model comes from
+    A model is ``head(pool(hidden, masks))`` over hidden states H_m (B, T_m, D_h), and
+    that is where adapters on a frozen backbone come in (`methods.adapted`).
+    """
+
+    rates = RATES["casp"]  # of the paper that the model comes from
     readout = "first"
 
     def __init__(self, config: FusionConfig, bias: bool = True):
@@ -116,7 +124,7 @@ class _Fusion(nn.Module):
         masks = real_steps(batch, self.config.dims, require=self.config.mode == "paper")
         embedded = {}
         for m, layer in self.projections.items():
-            x = self._prepare(m, batch.features[m].to(self._dtype))
+            x = self._prepare(m, batch.features[m].to(self.dtype))
             if isinstance(layer, nn.Linear):
                 x = linear(x, layer.weight, layer.bias)
             embedded[m] = x
@@ -127,14 +135,38 @@ class _Fusion(nn.Module):
         return x
 
     @property
-    def _dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:
+        """Of the parameters, and so of hidden states."""
         return self.head.out.weight.dtype
+
+    @property
+    def hidden_width(self) -> int:
+        """D_h, the width of every H_m."""
+        return self.config.width
+
+    def pool(self, hidden: dict[str, Tensor], masks: dict[str, Tensor]) -> Tensor:
+        """What the head receives of hidden states: read-outs in a row, (B, M D_h)."""
+        read = [self._read_out(hidden[m], masks[m]) for m in self.modalities]
+        return torch.cat(read, 1)
+
+    def streams(self, batch: Batch) -> tuple[dict, dict, nn.ModuleDict]:
+        """Sequences x_m (B, T_m, D_h) and masks before the encoders that make H_m of
+        them, and these encoders, by modality. Raises `ConfigError` where there is none
+        for each modality.
+        """
+        embedded, masks = self.embed(batch)
+        if not hasattr(self, "encoders"):
+            raise ConfigError(
+                f"{type(self).__name__} has no encoder for each modality: adapters "
+                "inside encoders need LateFusion, MiddleFusion or MulT"
+            )
+        return embedded, masks, self.encoders
 
     def _read(self, encoder: Encoder, x: Tensor, mask: Tensor, rows: bool):
         """Encode; returns the read-out (B, D), and all rows where they are computed."""
         if rows or self.readout == "mean":
             h = encoder(x, mask)
-            return self._pool(h, mask), h
+            return self._read_out(h, mask), h
         return encoder(x, mask, read=self.readout), None
 
     def _read_each(self, encoders: nn.ModuleDict, x: dict, masks: dict, rows: bool):
@@ -143,7 +175,7 @@ class _Fusion(nn.Module):
         hidden = {m: h for m, (_, h) in read.items()} if rows else {}
         return torch.cat([z for z, _ in read.values()], 1), hidden
 
-    def _pool(self, h: Tensor, mask: Tensor) -> Tensor:
+    def _read_out(self, h: Tensor, mask: Tensor) -> Tensor:
         """The read-out of encoder outputs (B, T, D) -> (B, D)."""
         if self.config.mode == "official":
             mask = torch.ones_like(mask)
@@ -187,10 +219,14 @@ class EarlyFusion(_Fusion):
         self.fusion = self._encoder(config.width, config.layers)
         self.head = Head(config.width, config.outputs, self.rates.output)
 
+    def pool(self, hidden: dict[str, Tensor], masks: dict[str, Tensor]) -> Tensor:
+        """The read-out (B, D) of all steps in a row."""
+        return self._read_out(*_joined(self.modalities, hidden, masks))
+
     def forward(self, batch: Batch, hidden: bool = False) -> Output:
+        """`hidden` are the joint encoder's outputs, cut by modality again."""
         embedded, masks = self.embed(batch)
-        x = torch.cat([embedded[m] for m in self.modalities], 1)
-        mask = torch.cat([masks[m] for m in self.modalities], 1)
+        x, mask = _joined(self.modalities, embedded, masks)  # (B, sum T_m, D)
         if self.config.mode == "paper" and not hidden:
             x, mask = compact(x, mask)
         z, h = self._read(self.fusion, x, mask, hidden)
@@ -204,7 +240,7 @@ class EarlyFusion(_Fusion):
 class MiddleFusion(_Fusion):
     """One encoder a modality, then L - 2 joint layers over all their outputs (CGGM)."""
 
-    rates = CGGM
+    rates = RATES["cggm"]
 
     def __init__(self, config: FusionConfig):
         super().__init__(config)
@@ -219,18 +255,18 @@ class MiddleFusion(_Fusion):
         self.fusion = self._encoder(config.width, config.layers - 2)
         self.head = Head(config.width, config.outputs, self.rates.output)
 
-    def fuse(self, hidden: dict[str, Tensor], masks: dict[str, Tensor]) -> Tensor:
+    def pool(self, hidden: dict[str, Tensor], masks: dict[str, Tensor]) -> Tensor:
         """Read-out z (B, D) of the joint encoder over [H_t; H_a; ...]."""
-        x = torch.cat([hidden[m] for m in self.modalities], 1)
-        mask = torch.cat([masks[m] for m in self.modalities], 1)
+        x, mask = _joined(self.modalities, hidden, masks)  # (B, sum T_m, D)
         if self.config.mode == "paper":
             x, mask = compact(x, mask)
         return self._read(self.fusion, x, mask, rows=False)[0]
 
-    def forward(self, batch: Batch) -> Output:
+    def forward(self, batch: Batch, hidden: bool = True) -> Output:
+        """`hidden` are the outputs of the encoders, which are computed anyway."""
         embedded, masks = self.embed(batch)
-        hidden = {m: e(embedded[m], masks[m]) for m, e in self.encoders.items()}
-        return self._output(self.fuse(hidden, masks), hidden, masks)
+        rows = {m: e(embedded[m], masks[m]) for m, e in self.encoders.items()}
+        return self._output(self.pool(rows, masks), rows, masks)
 
 
 class MulT(_Fusion):
@@ -238,7 +274,7 @@ class MulT(_Fusion):
     modality over its pairs side by side; last rows to the head (MPLMM's backbone).
     """
 
-    rates = MPLMM
+    rates = RATES["mplmm"]
     readout = "last"
 
     def __init__(self, config: FusionConfig):
@@ -265,6 +301,15 @@ class MulT(_Fusion):
             {m: self._encoder(wide, max(config.layers, 3)) for m in self.modalities}
         )
         self.head = Head(len(self.modalities) * wide, config.outputs, self.rates.output)
+
+    @property
+    def hidden_width(self) -> int:
+        return (len(self.modalities) - 1) * self.config.width
+
+    def streams(self, batch: Batch) -> tuple[dict, dict, nn.ModuleDict]:
+        """h_m (B, T_m, (M-1) D) after the cross stage; memory encoders make H_m."""
+        embedded, masks = self.embed(batch)
+        return self.attend(embedded, masks), masks, self.memory
 
     def _prepare(self, modality: str, x: Tensor) -> Tensor:
         """Text is dropped out before its projection."""
@@ -348,6 +393,12 @@ class PooledFusion(_Fusion):
 
 
 # ---------------------------------------------------------------- masks and pooling
+
+
+def _joined(modalities, x: dict[str, Tensor], masks: dict[str, Tensor]):
+    """All steps of all modalities in a row: (B, sum T_m, D), (B, sum T_m)."""
+    row = torch.cat([x[m] for m in modalities], 1)
+    return row, torch.cat([masks[m] for m in modalities], 1)
 
 
 def real_steps(

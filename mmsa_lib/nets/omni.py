@@ -28,6 +28,7 @@ from mmsa_lib.corpora.media import MERGE
 from mmsa_lib.corpora.schema import Batch
 from mmsa_lib.errors import ConfigError, unknown
 from mmsa_lib.nets.ops import keep_4bit_format
+from mmsa_lib.nets.trained import freeze
 
 TINY = "tiny"  # the name of the embedded model
 HUB = ("Qwen/Qwen2.5-Omni-7B", "Qwen/Qwen2.5-Omni-3B")
@@ -279,11 +280,12 @@ def wrap(
                 f"token {expected} of the model is {mark}, but not of its tokenizer: "
                 "the files of the tokenizer are missing or another model's"
             )
-    model.requires_grad_(False)
+    model.eval()
+    freeze(model, evaluating=not checkpointing)  # recomputing needs training mode
     if checkpointing:
         settings = {"use_reentrant": False}
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
-    return Thinker(model.eval(), tokenizer, padding_side, modalities)
+    return Thinker(model, tokenizer, padding_side, modalities)
 
 
 def fingerprint(thinker: Thinker) -> str:

@@ -88,14 +88,3 @@ class SegmentationNet(nn.Module):
 
 def _enlarge(x: Tensor, side: int) -> Tensor:
     return F.interpolate(x, size=(side, side), mode="nearest")
-
-
-def pixel_loss(label: str = "lesion"):
-    """Cross-entropy averaged over pixels; labels (B, H W) hold class numbers."""
-
-    def loss(output, batch: Batch) -> Tensor:
-        logits = output.predictions[label].float()
-        truth = batch.labels[label].long().view(len(logits), *logits.shape[2:])
-        return F.cross_entropy(logits, truth)
-
-    return loss
