@@ -131,7 +131,7 @@ class Book:
         if name not in known:
             raise unknown("profile", name, known)
         content = yaml.safe_load(known[name].read_text(encoding="utf-8")) or {}
-        keys = ["all", "chapters", "bands"]
+        keys = ["all", "chapters", "bands", "plans"]
         for key in content:
             if key not in keys:
                 raise unknown(f"key in {known[name].name}", key, keys)
