@@ -75,7 +75,7 @@ def mosi(tmp_path_factory, mosi_dir, mosi_server):
 
 def test_names_descriptions_and_unknown_names(tmp_path):
     real = ["mosi-text-audio", "mosei-video"]
-    assert corpora.names() == ["puppets", *real, "puppet-clips", "clips"]
+    assert corpora.names() == ["puppets", *real, "lesions", "puppet-clips", "clips"]
     for name in corpora.names():
         assert "options:" in corpora.describe(name)
     with pytest.raises(UnknownNameError, match=r"'mossi-text-audio'.*Did you mean"):
@@ -84,6 +84,8 @@ def test_names_descriptions_and_unknown_names(tmp_path):
         corpora.load("mosi-text-audio", tmp_path, encodr="x")
     with pytest.raises(UnknownNameError, match="option of mosei-video"):
         corpora.prepare("mosei-video", tmp_path, encoder="x")
+    with pytest.raises(UnknownNameError, match=r"option of puppet-clips.*frames"):
+        corpora.load("puppet-clips", frame=2)
 
 
 def test_names_are_known_without_loading_torch():
@@ -116,7 +118,10 @@ def test_terms_come_before_any_download(tmp_path, capsys):
     assert "nothing was downloaded" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     assert main(["list"]) == 0
-    assert "mosei-video" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    assert all(f"{name} " in listed for name in corpora.names())
+    assert main(["get", "lesions"]) == 0
+    assert "lesions is generated when it is loaded" in capsys.readouterr().out
 
 
 def test_sources_point_at_pinned_commits():
