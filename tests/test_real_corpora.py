@@ -228,13 +228,13 @@ def test_text_features_are_aligned_by_id(mosi, reference, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"text_lengths": None}, "lacks text_lengths"),
+        ({"text_lengths": None}, "lacks the arrays text_lengths; it has"),
         ({"id": np.array(["a", "c"])}, r"for 1 of 2 segments \(b"),
         ({"id": np.array(["a", "b", "b"])}, "repeats ids"),
         ({"text_lengths": np.array([2, 2])}, r"\(5, 4\).* and 4 steps in all"),
         ({"text_features": np.zeros(5)}, r"\(5,\)"),
         ({"text_features": np.zeros((5, 4), int)}, "expected floats"),
-        ({"id": np.array(["a", "b"], dtype=object)}, "Pickled objects are not opened"),
+        ({"id": np.array(["a", "b"], dtype=object)}, "object arrays are not opened"),
     ],
 )
 def test_text_features_of_another_shape_are_refused(tmp_path, change, message):
@@ -250,9 +250,15 @@ def test_text_features_of_another_shape_are_refused(tmp_path, change, message):
 
 
 def test_a_file_that_is_no_npz_and_one_that_is_not_there(tmp_path):
-    (tmp_path / "f.npz").write_bytes(b"not a zip")
-    with pytest.raises(CorpusError, match=r"not a \.npz"):
-        mosi_text_audio.read_text_features(tmp_path / "f.npz", ["a"])
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    for content in (
+        b"not a zip",
+        b"PK\x03\x04 cut off",
+        (tmp_path / "one.npy").read_bytes(),
+    ):
+        (tmp_path / "f.npz").write_bytes(content)
+        with pytest.raises(CorpusError, match=r"not a \.npz"):
+            mosi_text_audio.read_text_features(tmp_path / "f.npz", ["a"])
     with pytest.raises(CorpusError, match="no file of text features"):
         corpora.prepare(
             "mosi-text-audio", tmp_path, True, text_features=tmp_path / "none.npz"

@@ -176,19 +176,20 @@ class Stream:
 
     def bell(self, *shape: int) -> np.ndarray:
         """Integers -30..30, the sum of four dice with 16 faces, sd 9.22 (see BELL)."""
-        raw = self._raw(int(np.prod(shape, dtype=int)))
-        total = np.zeros(raw.shape, dtype=np.int64)
-        for shift in (60, 56, 52, 48):
-            total += ((raw >> np.uint64(shift)) & np.uint64(15)).astype(np.int64)
-        return total.reshape(shape) - 30
+        return self._sum_of_four(4, shape) - 30
 
     def noise(self, *shape: int) -> np.ndarray:
         """Nearly normal floats of mean 0 and sd 1: the sum of four 16-bit uniforms."""
+        return (self._sum_of_four(16, shape) - 131070) * (1.732 / 65536)
+
+    def _sum_of_four(self, bits: int, shape: tuple[int, ...]) -> np.ndarray:
+        """Of each 64-bit integer the four highest parts of so many bits, added up."""
         raw = self._raw(int(np.prod(shape, dtype=int)))
         total = np.zeros(raw.shape, dtype=np.int64)
-        for shift in (48, 32, 16, 0):
-            total += ((raw >> np.uint64(shift)) & np.uint64(0xFFFF)).astype(np.int64)
-        return ((total - 131070) * (1.732 / 65536)).reshape(shape)
+        mask = np.uint64(2**bits - 1)
+        for k in (1, 2, 3, 4):
+            total += ((raw >> np.uint64(64 - k * bits)) & mask).astype(np.int64)
+        return total.reshape(shape)
 
     def choice(self, weights: Sequence[float], *shape: int) -> np.ndarray:
         """Indices drawn in proportion to integer `weights`."""
