@@ -25,3 +25,10 @@ def parity_dir() -> Path:
     if not (path / "index.json").is_file():
         pytest.skip(f"no parity fixtures at MMSA_PARITY_DIR={path}")
     return path
+
+
+@pytest.fixture
+def records(tmp_path, monkeypatch) -> Path:
+    """The folder where records of this test go."""
+    monkeypatch.setenv("MMSA_RECORDS", str(tmp_path / "records"))
+    return tmp_path / "records"

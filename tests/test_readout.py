@@ -1136,7 +1136,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 
 def record_of(out: Path):
-    (path,) = out.glob("readout-*.json")
+    (path,) = out.glob("benchmarks/readout-*.json")
     return load_record(path)
 
 
@@ -1220,7 +1220,10 @@ def test_script_trains_the_twin_over_seeds(script, options, tmp_path, monkeypatc
         loaded, _ = readout.load(tmp_path / "out" / f"seed-{seed}", device="cpu")
         assert isinstance(loaded, readout.Generative)
         assert loaded.body.modalities == ("text",) and loaded.config.freeze_towers
-    records = {p.name.rpartition("-")[0]: p for p in (tmp_path / "out").glob("*.json")}
+    records = {
+        p.name.rpartition("-")[0]: p
+        for p in (tmp_path / "out/benchmarks").glob("*.json")
+    }
     assert set(records) == {"readout-twin", "readout-twin-answers"}
     assert load_record(records["readout-twin"]).seeds == [0, 1]
     for entry in load_record(records["readout-twin-answers"]).per_seed:

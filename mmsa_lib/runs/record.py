@@ -292,13 +292,15 @@ def _load(paths: Iterable[Path]) -> list[RunRecord]:
     return sorted(records, key=lambda r: r.created)
 
 
-def named(folder: Path, name: str = "*", chapter: str = "*") -> Iterator[Path]:
-    """Files of records by what their place says, none of them read; `*` is any.
+def named(
+    folder: Path, name: str | None = None, chapter: str | None = None
+) -> Iterator[Path]:
+    """Files of records by what their place says, none of them read; None is any.
 
     The name is all before the last hyphen and 12 digits: ``wander`` is not
     ``wander-head``.
     """
-    name, chapter = (w if w == "*" else glob.escape(w) for w in (name, chapter))
+    name, chapter = ("*" if w is None else glob.escape(w) for w in (name, chapter))
     digits = "[0-9a-f]" * 12
     return Path(folder).glob(f"{chapter}/{name}-{digits}.json")
 
