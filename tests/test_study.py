@@ -139,8 +139,10 @@ def test_committed_runs_are_of_one_text(book, monkeypatch):
     for text in ("old", "new"):
         monkeypatch.setenv("MMSA_CHAPTER_SHA", text)
         page.pick(f"floor-{text}", constants(CORPUS))
-    found = page.committed()
-    assert set(found) == {"floor-new"}
+    assert set(page.committed()) == {"floor-new"}
+    monkeypatch.setenv("MMSA_CHAPTER_SHA", "newest")  # it only compares these
+    page.judge([("floor-new", "floor-old")])
+    assert set(page.committed()) == {"floor-new"}
     with pytest.raises(UnknownNameError, match="toys on mosi"):
         page.committed("mosi")
 
