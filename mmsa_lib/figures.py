@@ -12,12 +12,14 @@ import html
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 
 from mmsa_lib.errors import MmsaError
 
@@ -418,3 +420,35 @@ def _picture(figure: Figure) -> tuple[str, bytes]:
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=192, metadata={"Software": None})
         return "png", png.getvalue()
+
+
+# ---------------------------------------------------------------- films
+
+
+def player(film: Path, still: np.ndarray, *, label: str, words: str):
+    """A short mp4 as a video element that holds its bytes, so that it plays offline.
+
+    still: (H, W, 3) uint8, shown before it plays. label: its name for who cannot see
+    it. words: what happens in it, folded below.
+    """
+    from IPython.display import HTML
+
+    if len(words.split()) < 4:
+        raise FigureError(
+            f"film {film.name} is described by {words!r}; say in a sentence what is "
+            "seen and heard, for a reader who cannot see or hear it"
+        )
+    poster = io.BytesIO()
+    imsave(poster, still, format="png")
+    picture, content = (
+        base64.b64encode(x).decode() for x in (poster.getvalue(), film.read_bytes())
+    )
+    label = html.escape(label)
+    return HTML(
+        '<figure style="margin:1rem 0"><video controls playsinline preload="metadata" '
+        f'width="336" style="max-width:100%;height:auto" aria-label="{label}" '
+        f'poster="data:image/png;base64,{picture}">'
+        f'<source src="data:video/mp4;base64,{content}" type="video/mp4">'
+        f"{label}</video><details><summary>The clip in words</summary>"
+        f"<p>{html.escape(words)}</p></details></figure>"
+    )

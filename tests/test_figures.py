@@ -344,3 +344,17 @@ def test_missing_seeds_are_not_dropped_silently(bad):
     ):
         with pytest.raises(FigureError, match="'late' has"):
             draw()
+
+
+def test_a_film_is_embedded_with_words_for_it(tmp_path):
+    film = tmp_path / "clip.mp4"
+    film.write_bytes(b"frames")
+    still = np.zeros((4, 6, 3), dtype=np.uint8)
+    words = "A face smiles and is still again."
+    page = figures.player(film, still, label='Clip "A"', words=words).data
+    assert base64.b64encode(b"frames").decode() in page
+    assert "&quot;A&quot;" in page and words in page
+    picture = re.search(r"image/png;base64,([^\"]+)", page)[1]
+    assert Image.open(io.BytesIO(base64.b64decode(picture))).size == (6, 4)
+    with pytest.raises(FigureError, match="in a sentence"):
+        figures.player(film, still, label="Clip", words="A face.")
