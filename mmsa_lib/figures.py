@@ -341,6 +341,41 @@ def heatmap(
         spine.set_visible(False)
 
 
+def timeline(media, words, times, tracks: Mapping[str, tuple[str, np.ndarray]]):
+    """A clip on one time axis, as a figure: its words, voice and face, and tracks.
+
+    media: `corpora.clips.Media`, decoded with a few frames. words: (word, start, end)
+    in seconds. tracks: name -> (modality, values (T,) at `times` (T,)); a name stands
+    beside the peak of its track.
+    """
+    heights = [0.45, 0.9, 0.9, 0.9]
+    figure, axes = canvas(4, 1, height=3.6, sharex=True, height_ratios=heights)
+    hue = colours(["text", "audio", "vision"])
+    for word, start, end in words:
+        box = {"color": hue["text"], "alpha": 0.25, "ec": "none"}
+        axes[0].axvspan(start + 0.01, end - 0.01, **box)
+        middle = (start + end) / 2
+        axes[0].text(middle, 0.5, word, ha="center", va="center", fontsize=9)
+    heard = np.arange(len(media.audio))[::8] / media.rate
+    axes[1].plot(heard, media.audio[::8], lw=0.5, color=ink(hue["audio"], 3))
+    half = np.diff(media.frame_times).min() * 0.48
+    for at, frame in zip(media.frame_times, media.frames, strict=True):
+        axes[2].imshow(frame, extent=(at - half, at + half, 0, 1), aspect="auto")
+    axes[2].set_ylim(0, 1)
+    for k, (name, (modality, values)) in enumerate(tracks.items()):
+        axes[3].plot(times, values, color=ink(hue[modality], 3))
+        peak, side = times[values.argmax()], ("left", "right")[k % 2]
+        at = (peak + (0.25, -0.25)[k % 2], 0.75)
+        axes[3].annotate(name, at, ha=side, fontsize=9, color=ink(hue[modality]))
+    for ax, name in zip(axes, ("words", "voice", "face", "cues"), strict=True):
+        ax.set_yticks([])
+        ax.set_ylabel(name, rotation=0, ha="right", va="center")
+        ax.spines["left"].set_visible(False)
+    axes[3].set_xlim(-half, media.seconds + half)
+    axes[3].set_xlabel("seconds")
+    return figure
+
+
 # ---------------------------------------------------------------- onto the page
 
 _DENSE = 150_000  # bytes of SVG from which a PNG is the smaller picture
