@@ -1,12 +1,13 @@
-"""The ``mmsa-book`` command: build the book, run a chapter, look at what there is."""
+"""The book's part of ``mmsa-book``: build it, run a chapter, look at what there is.
+
+`mmsa_lib.cli` adds the commands that need modelling code, and is what is started.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -222,33 +223,6 @@ def status(profile: Profile = "quick", as_json: AsJson = False) -> None:
             str(len(row["record"]) or ""),
         )
     console.print(table)
-
-
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    add_help_option=False,
-)
-def data(context: typer.Context) -> None:
-    """List the corpora or get one: data list, data get NAME --accept-terms."""
-    from mmsa_lib.press.freshness import data_folder
-
-    # in its own process: corpora load torch, and the press never does
-    done = subprocess.run(
-        [sys.executable, "-m", "mmsa_lib.corpora", *context.args],
-        env=os.environ | {"MMSA_DATA": str(data_folder(open_book(find_root())))},
-    )
-    raise typer.Exit(done.returncode)
-
-
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    add_help_option=False,
-)
-def predict(context: typer.Context) -> None:
-    """Score video files: predict CLIP... --text WORDS --model DIR --json."""
-    # in its own process, as `data`; needs no book
-    command = [sys.executable, "-m", "mmsa_lib.methods", *context.args]
-    raise typer.Exit(subprocess.run(command).returncode)
 
 
 @records_app.command("list")
@@ -496,6 +470,8 @@ def _join_pairs(arguments: list[str]) -> list[str]:
     while rest:
         word = rest.pop(0)
         joined.append(word)
+        if word == "--":  # what follows are files, whatever they are called
+            return joined + rest
         if word == "-p" and rest:
             name = rest.pop(0)
             if rest and not re.match(r"\w+=", name):
@@ -597,7 +573,3 @@ def main(arguments: list[str] | None = None) -> None:
             "free some space or choose a folder that you may write to."
         )
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

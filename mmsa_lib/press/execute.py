@@ -1,7 +1,7 @@
 """Execute chapters with papermill, each in its own process, and say what failed.
 
-The parent starts ``python -m mmsa_lib.press.execute`` once a chapter, writes a job to
-its standard input and reads events from its standard output, one JSON line each. The
+The parent starts ``python -P -m mmsa_lib.press.execute`` once a chapter, writes a job
+to its standard input and reads events from its standard output, one JSON line each. The
 child lives only as long as that pipe: kill the parent and no orphan goes on computing.
 """
 
@@ -96,7 +96,7 @@ def _one(book, state: State, records: Path, report, running: _Children) -> Outco
     report(chapter.name, {"event": "start"})
     with log.open("w", encoding="utf-8") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mmsa_lib.press.execute"],
+            [sys.executable, "-P", "-m", "mmsa_lib.press.execute"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stream,
