@@ -1,7 +1,7 @@
 """The 7B Thinker at full size in NF4: memory, training steps, latency of both readouts.
 
 THE 7B HAS NOT BEEN MEASURED YET: no GPU was at hand when this was written. What is kept
-in results/ under the name omni-tiny comes from the same path with the tiny
+in results/benchmarks/ under the name omni-tiny comes from the same path with the tiny
 configuration on a CPU; it shows that the path runs and says nothing about the 7B.
 
 The weights are random, so nothing is downloaded: time and memory do not depend on their

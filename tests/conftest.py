@@ -27,6 +27,13 @@ def parity_dir() -> Path:
     return path
 
 
+@pytest.fixture
+def records(tmp_path, monkeypatch) -> Path:
+    """The folder where records of this test go."""
+    monkeypatch.setenv("MMSA_RECORDS", str(tmp_path / "records"))
+    return tmp_path / "records"
+
+
 def command(*arguments) -> int:
     """Exit status of ``mmsa-book`` in this process; capsys has what it printed."""
     from mmsa_lib.cli import main

@@ -73,7 +73,9 @@ def build(profile: Profile = "quick", jobs: Jobs = 2) -> None:
         failed = set()
         if stale:
             with _progress() as report:
-                outcomes = execute(book, stale, book.build / "records", jobs, report)
+                # the pages' claims are written for the runs of the quick profile
+                place, strict = book.build / "records", profile == "quick"
+                outcomes = execute(book, stale, place, jobs, report, strict)
             for outcome in (o for o in outcomes if not o.ok):
                 failed.add(outcome.chapter)
                 console.print(f"\n[bold red]FAILED[/] {escape(outcome.error)}")
@@ -174,6 +176,7 @@ def run(
     from mmsa_lib.press.execute import execute
     from mmsa_lib.press.freshness import Product, State, key_of
     from mmsa_lib.press.gates import Shelf, check_chapter
+    from mmsa_lib.runs.record import place
 
     book = open_book(find_root())
     one = book[chapter]
@@ -197,7 +200,7 @@ def run(
         console.print(f"[yellow]a build would refuse this:[/] {escape(problem)}")
     console.print(f"notebook: {_short(outcome.notebook)}")
     for name in outcome.records:
-        console.print(f"record:   {_short(records / name)}.json")
+        console.print(f"record:   {_short(records / place(chapter, name))}")
 
 
 @app.command()
@@ -281,7 +284,7 @@ def records_show(
 
 @records_app.command("check")
 def records_check() -> None:
-    """Verify every record; fail if one is damaged, edited or misnamed.
+    """Verify every record; fail if one is damaged, edited, misnamed or misplaced.
 
     Says as well which committed records belong to no chapter, were made from code with
     local changes, or by code that has moved on since.
@@ -296,10 +299,10 @@ def records_check() -> None:
             count += 1
             try:
                 record = load(path)
-                if path.stem != f"{record.name}-{record.id[:12]}":
+                if path.relative_to(folder) != record.place:
                     raise RecordError(
-                        f"{path.name} is the record {record.name}-{record.id[:12]}; "
-                        "rename it back"
+                        f"{path.name} is the record {record.place.as_posix()}; move it "
+                        "back there, where pages look for it"
                     )
             except RecordError as error:
                 damaged.append(f"{_short(path.parent)}: {error}")
