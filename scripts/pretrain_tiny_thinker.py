@@ -52,7 +52,7 @@ from mmsa_lib.corpora.media import (
 )
 from mmsa_lib.corpora.puppets import Scripts
 from mmsa_lib.corpora.schema import Batch
-from mmsa_lib.methods.readout import parse_score, spell
+from mmsa_lib.methods.generative import parse_score, spell
 from mmsa_lib.nets import omni
 from mmsa_lib.nets.omni import Thinker
 
@@ -83,7 +83,7 @@ def takes(count: int, seeds: range) -> list[clips.Take]:
     found = []
     for world in worlds:
         table = Scripts(world, "train")
-        label = puppets._labels(table)["sentiment"][:, 0]
+        label = table.labels()["sentiment"][:, 0]
         for i in range(each):
             running = clips._running_valence(table, i)
             found.append(clips.Take(table[i], float(label[i]), "train", running))

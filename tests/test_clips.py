@@ -91,7 +91,7 @@ def test_every_clip_is_what_its_script_says(shipped):
     for world in worlds:
         for split in clips.MODES:
             table = Scripts(world, split)
-            labels = puppets._labels(table)["sentiment"][:, 0]
+            labels = table.labels()["sentiment"][:, 0]
             known |= {i: (split, table, k, labels[k]) for k, i in enumerate(table.ids)}
     for clip in shipped:
         split, table, k, label = known[f"{clip.video_id}_{clip.clip_id}"]
@@ -510,6 +510,13 @@ def test_a_clip_that_ends_early_is_not_taken_for_a_whole_one(shipped, tmp_path):
 def test_check_passes_all_puppets(shipped):
     good, problems = check(shipped[::8])
     assert len(good) == len(shipped[::8]) and not problems
+
+
+@pytest.mark.parametrize("name", ["-a.mp4", "a:b.mp4", "http:a.mp4", "file:a.mp4"])
+def test_a_name_is_never_a_protocol(shipped, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(shipped[0].path, f"./{name}")
+    assert decode(name, frames=2).seconds == decode(shipped[0].path).seconds
 
 
 def test_module_needs_no_torch():
