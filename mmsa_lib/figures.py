@@ -181,6 +181,22 @@ def references(ax: Axes, lines: Mapping[str, float], *, axis: str = "x") -> None
         )
 
 
+def label(
+    ax: Axes,
+    text: str,
+    at: tuple[float, float],
+    shift: tuple[float, float] = (7, 0),
+    colour: str = INK,
+    **kw,
+) -> None:
+    """Write beside what is named: `shift` points from a place in data coordinates.
+
+    The colour is darkened until it can be read; `kw` goes to ``Axes.annotate``.
+    """
+    kw = {"fontsize": 9, "color": ink(colour)} | kw
+    ax.annotate(text, at, xytext=shift, textcoords="offset points", **kw)
+
+
 def _names_at_the_end(ax: Axes, ends: Mapping[str, float], palette) -> None:
     """Write names right of the axes at their heights, pushed apart where too close."""
     if not ends:
@@ -246,6 +262,24 @@ def strip(
     ax.spines["left"].set_visible(False)
     ax.grid(axis="x", color=QUIET, alpha=0.15, linewidth=0.8)
     references(ax, lines or {}, axis="x")
+
+
+def intervals(
+    ax: Axes, rows: Mapping[str, Mapping[str, float]], *, names: bool = True
+) -> None:
+    """One row a name, top to bottom: a line from `low` to `high`, `estimate` a dot.
+
+    names: write them; False for all but the first of several axes side by side.
+    """
+    palette = colours(rows)
+    for i, (name, row) in enumerate(rows.items()):
+        x, low, high = _finite(name, [row[k] for k in ("estimate", "low", "high")])
+        ax.hlines(i, low, high, color=palette[name], lw=3)
+        ax.plot([x], [i], "o", color=INK)
+    ax.set_yticks(range(len(rows)), list(rows) if names else [""] * len(rows))
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    ax.margins(x=0.15)
+    ax.tick_params(axis="y", length=0)
 
 
 def curves(
