@@ -39,11 +39,12 @@ from PIL import Image, ImageDraw
 from scipy import signal
 
 from mmsa_lib.corpora import puppets
+from mmsa_lib.corpora.clips import puppet_folder
 from mmsa_lib.corpora.puppets import PuppetConfig, Script, Scripts
 from mmsa_lib.corpora.schema import SPLITS
 
 VERSION = "1"
-PACKAGE = Path(puppets.__file__).parent / "puppet_clips"
+PACKAGE = puppet_folder()
 SIZE, FPS, RATE = 168, 10, 16000  # pixels, frames a second, samples a second
 PER_BIN = {"train": 5, "valid": 1, "test": 2}  # clips by domain and label bin
 LEAD, TAIL, SHORTEST = 0.2, 0.3, 2.0  # seconds before and after speech, of a clip
@@ -83,7 +84,7 @@ def choose() -> list[Take]:
     for world in WORLDS:
         for split in SPLITS:
             table = Scripts(world, split)
-            label = puppets._labels(table)["sentiment"][:, 0]
+            label = table.labels()["sentiment"][:, 0]
             bins = np.rint(label).astype(int)
             order = np.argsort(table.stream("clips").uniform(len(table)))
             speaker = table.columns["speaker"]
@@ -133,7 +134,7 @@ def _running_valence(table: Scripts, i: int) -> tuple[float, ...]:
         if slot == 8 and word:
             full = weights[0]
         if word:
-            value = puppets._literal16(full * first + weights[1] * second)
+            value = puppets.literal16(full * first + weights[1] * second)
             out.append(float(value) / puppets.LATTICE)
     return tuple(out)
 
@@ -306,7 +307,7 @@ def speak(take: Take) -> np.ndarray:
     if script.domain == "B":  # another recording channel: a telephone with hiss
         sos = signal.butter(2, [250, 3600], "bandpass", fs=RATE, output="sos")
         out = signal.sosfilt(sos, out)
-        out += 0.002 * puppets._Stream("hiss", script.id).noise(len(out))
+        out += 0.002 * puppets.Stream("hiss", script.id).noise(len(out))
     return (0.9 * np.tanh(out / 0.9)).astype(np.float32)
 
 
@@ -556,7 +557,7 @@ def film(take: Take) -> np.ndarray:
     units = action_units(script, phase)
     nod = _pulse(phase, _event(script, "accent")) * min(abs(script.voice), 2)
     lively = 1 + 0.35 * script.arousal
-    draws = puppets._Stream("blink", script.id).uniform(8)
+    draws = puppets.Stream("blink", script.id).uniform(8)
     first = 0.3 + 1.2 * draws[0]
     blinks = first + np.cumsum([0, *(1.3 + 1.8 * draws[1:4] - 0.2 * script.arousal)])
     frames = []

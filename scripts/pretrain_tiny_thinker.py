@@ -83,7 +83,7 @@ def takes(count: int, seeds: range) -> list[clips.Take]:
     found = []
     for world in worlds:
         table = Scripts(world, "train")
-        label = puppets._labels(table)["sentiment"][:, 0]
+        label = table.labels()["sentiment"][:, 0]
         for i in range(each):
             running = clips._running_valence(table, i)
             found.append(clips.Take(table[i], float(label[i]), "train", running))

@@ -91,7 +91,7 @@ def test_every_clip_is_what_its_script_says(shipped):
     for world in worlds:
         for split in clips.MODES:
             table = Scripts(world, split)
-            labels = puppets._labels(table)["sentiment"][:, 0]
+            labels = table.labels()["sentiment"][:, 0]
             known |= {i: (split, table, k, labels[k]) for k, i in enumerate(table.ids)}
     for clip in shipped:
         split, table, k, label = known[f"{clip.video_id}_{clip.clip_id}"]

@@ -1,19 +1,23 @@
 """Synthetic lesions, BraTS files written by the test, and the U-shaped net."""
 
 import gzip
+import pickle
 import struct
 
 import h5py
+import nibabel
 import numpy as np
 import pytest
 import torch
 
-from mmsa_lib.corpora import lesions
-from mmsa_lib.errors import CorpusError
+from mmsa_lib import corpora
+from mmsa_lib.corpora import lesions, store
+from mmsa_lib.errors import CorpusError, SealedError, UnknownNameError
 from mmsa_lib.nets.segmentation import SegmentationNet
 from mmsa_lib.tasks import pixels
 
 CORPUS = lesions.load(sizes=(40, 8, 8), side=16)
+PINNED = "ef7b0371dfcecab2ce5c272fd4a4a22670c008a18b541bd789dcd5c67a421b6a"
 
 
 def pictures(split, m):
@@ -41,6 +45,34 @@ def test_the_world_belongs_to_its_seed_and_regions_are_nested():
     codes = CORPUS.train.labels["lesion"]
     assert set(np.unique(codes)) == {0, 1, 2, 3}
     assert ((codes == 3).any(1) & (codes == 2).any(1)).mean() > 0.9
+
+
+def test_it_is_a_corpus_by_name_like_the_others(tmp_path):
+    corpus = corpora.load("lesions", sizes=(40, 8, 8), side=16)
+    assert corpus.fingerprint == CORPUS.fingerprint == PINNED
+    assert corpus.modalities == lesions.CHANNELS
+    assert corpus.dims == dict.fromkeys(lesions.CHANNELS, 1)
+    assert set(corpus.train.features["t1"].lengths) == {16 * 16}
+    with pytest.raises(SealedError):
+        _ = corpus.test.labels
+    # its card counts pixels; every pixel has a code
+    for name, split in corpus.splits.items():
+        counts = corpus.card.splits[name]["lesion"]["counts"]
+        assert set(counts) == {0, 1, 2, 3}
+        assert sum(counts.values()) == 16 * 16 * len(split)
+    again = corpora.load("lesions", **corpus.card.options)
+    assert again.fingerprint == corpus.fingerprint
+    assert corpora.prepare("lesions") is None  # nothing to fetch
+    stored = store.open_store(store.write(corpus, tmp_path / "lesions"))
+    assert stored.fingerprint == corpus.fingerprint
+
+
+def test_options_that_cannot_be_are_refused():
+    with pytest.raises(UnknownNameError, match=r"option of lesions 'sied'.*'side'"):
+        corpora.load("lesions", sied=16)
+    for options in ({"sizes": (4, 2)}, {"sizes": (4, 0, 2)}, {"side": 0}):
+        with pytest.raises(CorpusError, match="sizes must be three numbers >= 1"):
+            corpora.load("lesions", **options)
 
 
 # ---------------------------------------------------------------- files
@@ -99,19 +131,81 @@ def test_brats_nifti_and_h5_give_the_same_corpus(tmp_path):
     np.testing.assert_allclose(found, pooled.ravel(), atol=1e-5)
 
 
-def test_nifti_scaling_byte_order_and_damage(tmp_path):
-    volume = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
-    for order in "<>":
-        write_nifti(tmp_path / "a.nii.gz", volume, 0.5, 1.0, order)
-        read = lesions.read_nifti(tmp_path / "a.nii.gz")
-        np.testing.assert_allclose(read, volume * 0.5 + 1)
-    whole = (tmp_path / "a.nii.gz").read_bytes()
-    (tmp_path / "b.nii.gz").write_bytes(gzip.compress(gzip.decompress(whole)[:-8]))
-    with pytest.raises(CorpusError, match="40 of 48 bytes"):
-        lesions.read_nifti(tmp_path / "b.nii.gz")
-    (tmp_path / "c.nii").write_bytes(b"something else")
-    with pytest.raises(CorpusError, match="not a single-file NIfTI"):
-        lesions.read_nifti(tmp_path / "c.nii")
+VOLUME = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(
+    ("slope", "intercept", "expected"),
+    [
+        (0.5, 1.0, VOLUME * 0.5 + 1),
+        (2.0, -3.0, VOLUME * 2.0 - 3),
+        (0.0, 7.0, VOLUME),  # the standard: a slope of 0 is no scaling
+        (np.nan, 0.0, VOLUME),
+        (np.nan, np.nan, VOLUME),
+    ],
+)
+def test_nifti_scaling_and_byte_order(tmp_path, order, slope, intercept, expected):
+    write_nifti(tmp_path / "a.nii.gz", VOLUME, slope, intercept, order)
+    read = lesions.read_nifti(tmp_path / "a.nii.gz")
+    np.testing.assert_array_equal(read, expected)
+    assert read.dtype == np.float64
+
+
+def test_nifti_files_that_nibabel_writes(tmp_path):
+    volume = VOLUME[..., None] / np.float32(7)  # a last axis of one volume
+    image = nibabel.Nifti1Image(volume, np.eye(4))
+    for name in ("a.nii", "a.nii.gz"):
+        nibabel.save(image, tmp_path / name)
+        np.testing.assert_array_equal(
+            lesions.read_nifti(tmp_path / name), volume[..., 0].astype(float)
+        )
+    with pytest.raises(CorpusError, match=r"absent\.nii is no readable.*No such file"):
+        lesions.read_nifti(tmp_path / "absent.nii")
+
+
+def header(at, kind, *values):
+    """A good file, unpacked, with something else in its header."""
+
+    def change(good):
+        data = bytearray(good)
+        struct.pack_into(kind, data, at, *values)
+        return gzip.compress(data)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda good: b"", "Binary block is wrong size"),
+        (lambda good: b"something else", "Binary block is wrong size"),
+        (lambda good: b"something else" * 99, "data code"),
+        (lambda good: pickle.dumps([1] * 999), "data code"),
+        (lambda good: good[:300], "Binary block is wrong size"),
+        (lambda good: good[:-8], "ends after 40 of 48 bytes"),
+        (lambda good: gzip.compress(good[:-8]), "ends after 40 of 48 bytes"),
+        (lambda good: gzip.compress(good)[:-20], "Compressed file ended"),
+        (lambda good: gzip.compress(good)[:-8] + bytes(8), "CRC check failed"),
+        (lambda good: gzip.compress(good)[:10] + b"\xff" * 60, "invalid block"),
+        (header(40, "<8h", 4, 2, 3, 2, 2, 1, 1, 1), "shape is .2, 3, 2, 2."),
+        (header(40, "<8h", 2, 6, 4, 1, 1, 1, 1, 1), "shape is .6, 4."),
+        (header(40, "<8h", 3, -2, 3, 4, 1, 1, 1, 1), "shape is .-2, 3, 4."),
+        (header(40, "<8h", 3, 32000, 32000, 32000, 1, 1, 1, 1), "48 of 65536000000000"),
+        (header(70, "<h", 32), "complex64, expected integers or floats"),
+        (header(70, "<h", 999), "data code 999"),
+        (header(108, "<f", 0.0), "begin at byte 0"),
+        (header(108, "<f", np.nan), "NaN"),
+        (header(112, "<2f", 0.5, np.nan), "invalid intercept"),
+        (header(344, "4s", b"ni1"), "marked b'ni1', expected byte 352"),
+    ],
+)
+def test_damaged_nifti_files_are_named(tmp_path, damage, message):
+    write_nifti(tmp_path / "good.nii.gz", VOLUME)
+    good = gzip.decompress((tmp_path / "good.nii.gz").read_bytes())
+    (tmp_path / "bad.nii.gz").write_bytes(damage(good))
+    with pytest.raises(CorpusError, match=rf"(?s)^bad\.nii\.gz is no.*{message}"):
+        lesions.read_nifti(tmp_path / "bad.nii.gz")
 
 
 def test_folders_without_cases_say_what_is_expected(tmp_path):
@@ -124,6 +218,9 @@ def test_folders_without_cases_say_what_is_expected(tmp_path):
         lesions.brats(tmp_path)
     with pytest.raises(CorpusError, match="does not divide"):
         lesions.brats(tmp_path, side=7)
+    (tmp_path / "0.h5").write_text("no HDF5")
+    with pytest.raises(CorpusError, match=r"0\.h5 is no readable HDF5 file"):
+        lesions.brats(tmp_path)
 
 
 # ---------------------------------------------------------------- the net

@@ -226,9 +226,15 @@ def library(tmp_path) -> Path:
         "nets/__init__.py": "from .encoder import Encoder\n",
         "nets/encoder.py": "from ..errors import E\nimport numpy\n",
         "nets/fusion.py": "import mmsa_lib.nets.encoder as e\n",
+        "nets/parts/__init__.py": "from .gate import Gate\n",
+        "nets/parts/gate.py": "from mmsa_lib.errors import E\n",
+        "nets/parts/spare.py": "",
         "corpora/__init__.py": "from importlib import import_module\n"
         "def load(name):\n    return import_module(f'mmsa_lib.corpora.{name}')\n",
-        "corpora/puppets.py": "",
+        "corpora/puppets/__init__.py": "from .oracle import Oracle\n",
+        "corpora/puppets/oracle.py": "from .world import LATTICE\n",
+        "corpora/puppets/world.py": "",
+        "corpora/puppets/table.txt": "a table",
         "corpora/mosi.py": "from mmsa_lib import errors\n",
         "corpora/words/list.txt": "good bad",
         "lazy.py": "import importlib\nm = importlib.import_module('mmsa_lib.runs')\n",
@@ -257,6 +263,8 @@ def library(tmp_path) -> Path:
         ("import mmsa_lib.training as t", "__init__ errors runs training"),
         ("from mmsa_lib.nets.fusion import Late", "nets/fusion NETS"),
         ("from mmsa_lib import nets", "NETS"),
+        ("from mmsa_lib.nets.parts import Gate", "PARTS NETS"),
+        ("from mmsa_lib.nets.parts import spare", "PARTS nets/parts/spare NETS"),
         ("import mmsa_lib.loop", "__init__ asked loop pool"),
         ("import mmsa_lib.lazy as e", "__init__ errors lazy runs"),
         ("__import__('mmsa_lib.errors')", "__init__ errors"),
@@ -267,16 +275,19 @@ def library(tmp_path) -> Path:
 )
 def test_closure(library, code, files):
     nets = ["__init__", "errors", "nets/__init__", "nets/encoder"]
-    want = {w for f in files.split() for w in (nets if f == "NETS" else [f])}
+    several = {"NETS": nets, "PARTS": ["nets/parts/__init__", "nets/parts/gate"]}
+    want = {w for f in files.split() for w in several.get(f, [f])}
     found = reach(library, parse(code))
     assert set(found) == {f"mmsa_lib/{name}.py" for name in want}
 
 
 def test_closure_is_wide_where_a_name_is_known_at_run_time(library):
     found = set(reach(library, parse("from mmsa_lib.corpora import load")))
-    names = {"__init__", "corpora/__init__", "corpora/puppets", "corpora/mosi"}
+    names = {"__init__", "corpora/__init__", "corpora/mosi"}
+    names |= {f"corpora/puppets/{m}" for m in ("__init__", "oracle", "world")}
     files = {f"mmsa_lib/{name}.py" for name in names | {"errors"}}
-    assert found == files | {"mmsa_lib/corpora/words/list.txt"}
+    data = {"words/list.txt", "puppets/table.txt"}
+    assert found == files | {f"mmsa_lib/corpora/{name}" for name in data}
     star = set(reach(library, parse("from mmsa_lib.nets import *")))
     assert "mmsa_lib/nets/fusion.py" in star
     for code in (

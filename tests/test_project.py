@@ -190,3 +190,20 @@ def test_every_citation_has_an_entry():
         for cited in re.findall(r"\{cite(?::\w+)?\}`([^`]+)`", path.read_text()):
             for key in cited.split(","):
                 assert key.strip() in keys, f"{path.name} cites {key.strip()}"
+
+
+def test_the_picture_of_the_layers_is_the_order_that_is_held():
+    page = (ROOT / "book" / "architecture.md").read_text(encoding="utf-8")
+    drawn = re.findall(r'font-weight="600" fill="currentColor">([^<]+)<', page)
+    drawn = [tuple(row.split(" · ")) for row in drawn]
+    assert drawn[-1] == ("chapters",)
+    top = next(i for i, row in enumerate(drawn) if row[0] == "predict")
+    held = [tuple(layer) for layer in LAYERS]
+    assert drawn[:top] == held[:top]
+    assert set(drawn[top]) == {name for layer in held[top:] for name in layer}
+
+
+def test_files_are_replaced_in_one_place_only():
+    for path in (ROOT / "mmsa_lib").rglob("*.py"):
+        if path.name != "files.py" or path.parent.name != "mmsa_lib":
+            assert "os.replace(" not in path.read_text(), path.name

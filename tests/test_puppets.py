@@ -537,8 +537,8 @@ def brute_force(config, table, row, shown):
     law = puppets.literal_law(config)
     words = [(w - 48, p) for w, p in enumerate(law) if p]
     out = np.zeros(31)
-    labels = puppets._label_law()
-    for c, cues in puppets._cues(config).items():
+    labels = puppets.label_law()
+    for c, cues in puppets.cues_of(config).items():
         pc = config.synergy if c < 0 else 1 - config.synergy
         for (lift, late), q in cues.items():
             if "audio" in shown and lift != col["lift"]:
@@ -593,7 +593,7 @@ def test_oracle_is_the_exact_conditional_mean(knobs, subsets):
 
 def test_oracle_is_calibrated_and_more_modalities_never_hurt():
     config = PuppetConfig(sizes=(20000, 1, 1), synergy=0.3)
-    y = puppets._labels(Scripts(config, "train"))["sentiment"].astype(float)
+    y = Scripts(config, "train").labels()["sentiment"].astype(float)
     error = {}
     for size in range(4):
         for shown in itertools.combinations(config.modalities, size):
@@ -614,7 +614,7 @@ def test_oracle_is_calibrated_and_more_modalities_never_hurt():
 
 def test_the_median_oracle_is_what_no_mae_can_beat():
     config = PuppetConfig(sizes=(5000, 1, 1), synergy=0.3)
-    y = puppets._labels(Scripts(config, "train"))["sentiment"]
+    y = Scripts(config, "train").labels()["sentiment"]
     mean = puppets.oracle_predictions(config, "train", ("text",))
     median = puppets.oracle_predictions(config, "train", ("text",), loss="mae")
     assert np.abs(y - median).mean() < np.abs(y - mean).mean() - 0.05

@@ -75,7 +75,7 @@ def mosi(tmp_path_factory, mosi_dir, mosi_server):
 
 def test_names_descriptions_and_unknown_names(tmp_path):
     real = ["mosi-text-audio", "mosei-video"]
-    assert corpora.names() == ["puppets", *real, "puppet-clips", "clips"]
+    assert corpora.names() == ["puppets", *real, "lesions", "puppet-clips", "clips"]
     for name in corpora.names():
         assert "options:" in corpora.describe(name)
     with pytest.raises(UnknownNameError, match=r"'mossi-text-audio'.*Did you mean"):
@@ -84,6 +84,8 @@ def test_names_descriptions_and_unknown_names(tmp_path):
         corpora.load("mosi-text-audio", tmp_path, encodr="x")
     with pytest.raises(UnknownNameError, match="option of mosei-video"):
         corpora.prepare("mosei-video", tmp_path, encoder="x")
+    with pytest.raises(UnknownNameError, match=r"option of puppet-clips.*frames"):
+        corpora.load("puppet-clips", frame=2)
 
 
 def test_names_are_known_without_loading_torch():
@@ -116,7 +118,10 @@ def test_terms_come_before_any_download(tmp_path, capsys):
     assert "nothing was downloaded" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     assert main(["list"]) == 0
-    assert "mosei-video" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    assert all(f"{name} " in listed for name in corpora.names())
+    assert main(["get", "lesions"]) == 0
+    assert "lesions is generated when it is loaded" in capsys.readouterr().out
 
 
 def test_sources_point_at_pinned_commits():
@@ -223,13 +228,13 @@ def test_text_features_are_aligned_by_id(mosi, reference, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"text_lengths": None}, "lacks text_lengths"),
+        ({"text_lengths": None}, "lacks the arrays text_lengths; it has"),
         ({"id": np.array(["a", "c"])}, r"for 1 of 2 segments \(b"),
         ({"id": np.array(["a", "b", "b"])}, "repeats ids"),
         ({"text_lengths": np.array([2, 2])}, r"\(5, 4\).* and 4 steps in all"),
         ({"text_features": np.zeros(5)}, r"\(5,\)"),
         ({"text_features": np.zeros((5, 4), int)}, "expected floats"),
-        ({"id": np.array(["a", "b"], dtype=object)}, "Pickled objects are not opened"),
+        ({"id": np.array(["a", "b"], dtype=object)}, "object arrays are not opened"),
     ],
 )
 def test_text_features_of_another_shape_are_refused(tmp_path, change, message):
@@ -245,9 +250,15 @@ def test_text_features_of_another_shape_are_refused(tmp_path, change, message):
 
 
 def test_a_file_that_is_no_npz_and_one_that_is_not_there(tmp_path):
-    (tmp_path / "f.npz").write_bytes(b"not a zip")
-    with pytest.raises(CorpusError, match=r"not a \.npz"):
-        mosi_text_audio.read_text_features(tmp_path / "f.npz", ["a"])
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    for content in (
+        b"not a zip",
+        b"PK\x03\x04 cut off",
+        (tmp_path / "one.npy").read_bytes(),
+    ):
+        (tmp_path / "f.npz").write_bytes(content)
+        with pytest.raises(CorpusError, match=r"not a \.npz"):
+            mosi_text_audio.read_text_features(tmp_path / "f.npz", ["a"])
     with pytest.raises(CorpusError, match="no file of text features"):
         corpora.prepare(
             "mosi-text-audio", tmp_path, True, text_features=tmp_path / "none.npz"

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import json
 import math
 import re
 import warnings
@@ -756,67 +755,6 @@ def test_lmf_multiplies_and_concat_does_not_need_to():
     assert mixed.abs().max() > 0.1
     second = f(3, 1) - 2 * f(2, 1) + f(1, 1)
     assert second.abs().max() < 1e-4 * f(3, 1).abs().max() + 1e-5
-
-
-def write_encoders(folder):
-    """A tiny random BERT and ViT with their tokenizer and processor, on disk."""
-    from transformers import BertConfig, BertModel, BertTokenizer, ViTConfig, ViTModel
-
-    torch.manual_seed(0)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hot", "soup", "cake"]
-    vocabulary = folder / "vocab.txt"
-    vocabulary.write_text("\n".join(words))
-    small = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    bert = BertConfig(vocab_size=len(words), hidden_size=8, **small)
-    BertModel(bert).save_pretrained(folder / "text")
-    BertTokenizer(str(vocabulary)).save_pretrained(folder / "text")
-    vit = ViTConfig(hidden_size=12, **small, image_size=8, patch_size=4)
-    ViTModel(vit).save_pretrained(folder / "image")
-    processor = {"image_processor_type": "ViTImageProcessor"}
-    processor["size"] = {"height": 8, "width": 8}
-    text = json.dumps(processor)
-    (folder / "image" / "preprocessor_config.json").write_text(text)
-    return {"text": folder / "text", "image": folder / "image"}
-
-
-def test_raw_pairs_through_frozen_encoders(tmp_path):
-    """Texts and images in, a stored corpus with their hidden states out; no network."""
-    from PIL import Image
-
-    encoders = write_encoders(tmp_path)
-    rows, texts = {}, ["hot soup", "cake", "hot cake soup"]
-    for split in ("train", "valid", "test"):
-        rows[split] = []
-        for i, words in enumerate(texts):
-            file = tmp_path / f"{split}-{i}.png"
-            Image.new("RGB", (9, 7), (80 * i, 10, 10)).save(file)
-            rows[split].append((f"{split}-{i}", words, file, i))
-    card = Card("food101", "made up", "tests", "none", synthetic=True)
-    folder = tmp_path / "stored" / "food101"
-    efficient.encode_pairs(rows, folder, card, **encoders, batch_size=2)
-    corpus = store.open_store(folder)
-    assert corpus.dims == {"text": 8, "vision": 12}
-    text, vision = (corpus.train.features[m] for m in ("text", "vision"))
-    assert text.lengths.tolist() == [4, 3, 5]  # [CLS] words [SEP]
-    assert vision.lengths.tolist() == [5, 5, 5]  # [CLS] and four patches
-    assert corpus.train.labels["class"].ravel().tolist() == [0, 1, 2]
-    assert corpus.card.options == {"text_encoder": "text", "image_encoder": "image"}
-    assert [p.name for p in folder.parent.iterdir()] == ["food101"]
-    from transformers import BertModel
-
-    words = torch.tensor([[2, 5, 7, 6, 3]])
-    model = BertModel.from_pretrained(encoders["text"]).eval()
-    with torch.no_grad():
-        alone = model(words).last_hidden_state[0].numpy()
-    np.testing.assert_allclose(text[2], alone, atol=5e-3)  # padding changed nothing
-    assert np.abs(vision[0] - vision[1]).max() > 1e-2
-    file.write_text("no image")
-    with pytest.raises(CorpusError, match=r"test-2.png is no readable image"):
-        efficient.encode_pairs(rows, tmp_path / "again", card, **encoders)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(CorpusError, match="empty' could not be loaded"):
-        missing = encoders | {"text": tmp_path / "empty"}
-        efficient.encode_pairs(rows, tmp_path / "again", card, **missing)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

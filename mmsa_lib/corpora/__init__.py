@@ -29,6 +29,11 @@ _CORPORA = {  # name: (module, what it is and its options)
         "CMU-MOSEI, 901 whole videos, text, audio and vision, from a given file; "
         "options: path (.npz)",
     ),
+    "lesions": (
+        "lesions",
+        "synthetic pictures of four channels, each showing a known part of a lesion, "
+        "as sequences of pixels; options: sizes, side, seed",
+    ),
     "puppet-clips": (
         "media",
         "the puppets' 112 embedded clips: raw video, sound and words; options: frames, "
@@ -40,7 +45,8 @@ _CORPORA = {  # name: (module, what it is and its options)
         "frames, max_pixels, skip_unusable",
     ),
 }
-_EMBEDDED = {"puppets": "load", "puppet-clips": "embedded"}  # need no data folder
+# need no data folder
+_EMBEDDED = {"puppets": "load", "lesions": "load", "puppet-clips": "embedded"}
 
 
 def names() -> list[str]:
@@ -66,7 +72,9 @@ def load(name: str, data_dir: str | Path | None = None, **options) -> Corpus:
     """
     module = _module(name)
     if name in _EMBEDDED:
-        return getattr(module, _EMBEDDED[name])(**options)
+        build = getattr(module, _EMBEDDED[name])
+        _check_options(name, options, inspect.signature(build))
+        return build(**options)
     _check_options(name, options, inspect.signature(module.load))
     return module.load(data_folder(data_dir), **options)
 
@@ -105,6 +113,8 @@ def _module(name: str):
 
 
 def _check_options(name: str, options: dict, signature: inspect.Signature) -> None:
+    if any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+        return  # the builder checks them itself
     known = [p for p in signature.parameters if p not in ("data_dir", "accept_terms")]
     for option in options:
         if option not in known:

@@ -1,21 +1,25 @@
 """Four-channel pictures with lesions: a small synthetic world, and BraTS files.
 
-A picture is stored as a sequence of its pixels, row by row: each channel is a modality
-of width 1 with H W steps, and the label "lesion" holds H W codes: 0 nothing, 1 necrotic
-core, 2 oedema, 3 enhancing tumour. Whole tumour WT = {1, 2, 3}, core TC = {1, 3},
-enhancing ET = {3}. Used in the chapter "CGGM: when one modality dominates".
+The schema knows sequences, so a picture is stored as the sequence of its pixels, row by
+row: each channel is a modality of width 1 with H W steps, and the label "lesion" holds
+H W codes: 0 nothing, 1 necrotic core, 2 oedema, 3 enhancing tumour. Whole tumour
+WT = {1, 2, 3}, core TC = {1, 3}, enhancing ET = {3}. Pictures are square, so a net gets
+the side back as the root of the number of steps; the card counts pixels by code. Used
+in the chapter "CGGM: when one modality dominates".
 """
 
 from __future__ import annotations
 
 import gzip
-import struct
+import io
+import math
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from mmsa_lib.corpora.schema import Card, Corpus, Ragged, Split, make_corpus
+from mmsa_lib.corpora.schema import SPLITS, Card, Corpus, Ragged, Split, make_corpus
 from mmsa_lib.errors import CorpusError
 
 CHANNELS = ("t1", "t1ce", "t2", "flair")
@@ -35,10 +39,19 @@ SHOWS = {
 def load(
     sizes: tuple[int, int, int] = (300, 60, 150), side: int = 24, seed: int = 0
 ) -> Corpus:
-    """Generate the synthetic set: `side` x `side` pixels, a lesion in each picture."""
+    """Generate the synthetic set: `side` x `side` pixels, a lesion in each picture.
+
+    sizes   pictures in train, valid and test
+    Raises `CorpusError` for sizes and sides below 1.
+    """
+    if len(sizes) != 3 or min(*sizes, side) < 1:
+        raise CorpusError(
+            "sizes must be three numbers >= 1 (train, valid, test) and side a number "
+            f">= 1, found {sizes} and {side}"
+        )
     splits = {}
-    for name, n in zip(("train", "valid", "test"), sizes, strict=True):
-        rng = np.random.default_rng([seed, ("train", "valid", "test").index(name)])
+    for k, (name, n) in enumerate(zip(SPLITS, sizes, strict=True)):
+        rng = np.random.default_rng([seed, k])
         codes = np.stack([_lesion(rng, side) for _ in range(n)])
         pictures = {m: _channel(rng, m, codes) for m in CHANNELS}
         splits[name] = _split(name, [f"{name}-{i}" for i in range(n)], pictures, codes)
@@ -49,8 +62,9 @@ def load(
         "Generated; no terms.",
         synthetic=True,
         options={"sizes": list(sizes), "side": side, "seed": seed},
+        notes=["A picture is the sequence of its pixels, row by row."],
     )
-    return make_corpus(card, splits)
+    return _corpus(card, splits)
 
 
 def _lesion(rng, side: int) -> np.ndarray:
@@ -97,6 +111,16 @@ def _split(name, ids: Sequence[str], pictures: dict, codes: np.ndarray) -> Split
         for m, x in pictures.items()
     }
     return Split(name, list(ids), features, {LABEL: codes.reshape(n, pixels) * 1.0})
+
+
+def _corpus(card: Card, splits: dict[str, Split]) -> Corpus:
+    """The corpus; its card counts pixels by code, not each pixel over pictures."""
+    corpus = make_corpus(card, splits)
+    for name, split in splits.items():
+        codes, counts = np.unique(split.labels[LABEL].astype(int), return_counts=True)
+        by_code = dict(zip(codes.tolist(), counts.tolist(), strict=True))
+        corpus.card.splits[name][LABEL] = {"counts": by_code}
+    return corpus
 
 
 # ---------------------------------------------------------------- BraTS files
@@ -155,7 +179,7 @@ def brats(folder: str | Path, side: int = 80, crop: int = 160) -> Corpus:
         synthetic=False,
         options={"side": side, "crop": crop},
     )
-    return make_corpus(card, splits)
+    return _corpus(card, splits)
 
 
 def _scored(volume: np.ndarray) -> np.ndarray:
@@ -208,12 +232,15 @@ def _nifti_case(folder: Path) -> tuple[list[np.ndarray], np.ndarray]:
 def _h5_case(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
     import h5py
 
-    with h5py.File(path, "r") as file:
-        if not {"image", "label"} <= set(file):
-            raise CorpusError(
-                f"{path.name} holds {sorted(file)}, expected `image` and `label`"
-            )
-        image, label = file["image"][()], file["label"][()]
+    try:
+        with h5py.File(path, "r") as file:
+            if not {"image", "label"} <= set(file):
+                raise CorpusError(
+                    f"{path.name} holds {sorted(file)}, expected `image` and `label`"
+                )
+            image, label = file["image"][()], file["label"][()]
+    except OSError as error:
+        raise CorpusError(f"{path.name} is no readable HDF5 file: {error}") from error
     if image.ndim != 4 or image.shape != (len(CHANNELS), *label.shape):
         raise CorpusError(
             f"{path.name}: image is {image.shape} and label {label.shape}; expected "
@@ -222,38 +249,48 @@ def _h5_case(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
     return list(image.astype(np.float64)), label.astype(np.int64)
 
 
-_NIFTI_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2"}
-
-
 def read_nifti(path: str | Path) -> np.ndarray:
     """The volume (H, W, D) of a NIfTI-1 file (.nii or .nii.gz) as float64, scaled.
 
-    Raises `CorpusError` for anything that is not a single-file NIfTI-1 of 3 dimensions.
+    nibabel reads it: a slope of 0 or NaN means that values are not scaled. Raises
+    `CorpusError` for what is damaged or no single-file NIfTI-1 of three dimensions.
     """
+    import nibabel
+    from nibabel.spatialimages import HeaderDataError
+    from nibabel.wrapstruct import WrapStructError
+
     path = Path(path)
-    data = path.read_bytes()
     try:
-        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-    except (OSError, EOFError) as error:
-        raise CorpusError(f"{path.name} is damaged: {error}") from error
-    if len(data) < 352 or data[344:347] != b"n+1":
-        raise CorpusError(f"{path.name} is not a single-file NIfTI-1 image")
-    order = "<" if struct.unpack("<i", data[:4])[0] == 348 else ">"
-    dims = struct.unpack(f"{order}8h", data[40:56])
-    (kind,) = struct.unpack(f"{order}h", data[70:72])
-    offset, slope, intercept = struct.unpack(f"{order}3f", data[108:120])
-    shape = tuple(d for d in dims[1 : dims[0] + 1])
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if len(shape) != 3 or kind not in _NIFTI_TYPES:
+        data = path.read_bytes()
+        if data[:2] == b"\x1f\x8b":  # as a whole: its checksum stands at the end
+            data = gzip.decompress(data)
+        # these classes read nothing but NIfTI-1, whatever the file is called
+        _check_header(nibabel.Nifti1Header.from_fileobj(io.BytesIO(data)), len(data))
+        volume = nibabel.Nifti1Image.from_bytes(data).get_fdata()
+    except (
+        *(OSError, EOFError, zlib.error, ValueError, ArithmeticError),
+        *(HeaderDataError, WrapStructError),
+    ) as error:
         raise CorpusError(
-            f"{path.name} has shape {shape} and data type {kind}; expected three "
-            f"dimensions and a type of {sorted(_NIFTI_TYPES)}"
+            f"{path.name} is no readable NIfTI-1 volume: {error}. Give a whole .nii or "
+            ".nii.gz file of three dimensions"
+        ) from error
+    return volume.reshape(volume.shape[:3])
+
+
+def _check_header(header, size: int) -> None:
+    """Raise `ValueError` before memory is taken for what a damaged header claims."""
+    shape, dtype = header.get_data_shape(), header.get_data_dtype()
+    magic, start = header["magic"].item(), int(header["vox_offset"])
+    if len(shape) < 3 or min(shape) < 1 or any(n > 1 for n in shape[3:]):
+        raise ValueError(f"its shape is {shape}")
+    if dtype.kind not in "iuf":
+        raise ValueError(f"its voxels are {dtype}, expected integers or floats")
+    if magic != b"n+1" or start < header.single_vox_offset:
+        raise ValueError(
+            f"its voxels begin at byte {start} of a file marked {magic}, expected byte "
+            f"{header.single_vox_offset} or later of b'n+1'"
         )
-    dtype = np.dtype(order + _NIFTI_TYPES[kind])
-    size = int(np.prod(shape)) * dtype.itemsize
-    body = data[int(offset) : int(offset) + size]
-    if len(body) != size:
-        raise CorpusError(f"{path.name} ends after {len(body)} of {size} bytes")
-    volume = np.frombuffer(body, dtype).reshape(shape, order="F").astype(np.float64)
-    return volume * slope + intercept if slope else volume
+    need = math.prod(shape) * dtype.itemsize
+    if size - start < need:
+        raise ValueError(f"it ends after {max(size - start, 0)} of {need} bytes")

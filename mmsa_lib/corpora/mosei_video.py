@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from mmsa_lib.corpora.download import disk_remedy
+from mmsa_lib.corpora.pickles import load_npz
 from mmsa_lib.corpora.schema import (
     Card,
     Corpus,
@@ -111,23 +112,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             f"-p path FILE\n\nor pass path=FILE. ({os.strerror(errno.ENOENT)})"
         )
     wanted = ("video_id", *MODALITIES, TARGET, "std_fold")
-    arrays = {}
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if lacking := [name for name in wanted if name not in file.files]:
-                raise CorpusError(
-                    f"{path} lacks the arrays {', '.join(lacking)}; it has "
-                    f"{', '.join(file.files)}. This is not the file {NAME} is read from"
-                )
-            for name in wanted:
-                arrays[name] = file[name]
-    except CorpusError:
-        raise
-    except (ValueError, OSError, EOFError) as error:
-        raise CorpusError(
-            f"{path} is not a .npz of plain arrays ({error}). Pickled object arrays "
-            "are not opened: convert them to strings or numbers and save again."
-        ) from error
+    arrays = load_npz(path, wanted, f"the file that {NAME} is read from")
     n = len(arrays["video_id"])
     for name, array in arrays.items():
         shape = (n, array.shape[1]) if name in MODALITIES and array.ndim == 2 else (n,)

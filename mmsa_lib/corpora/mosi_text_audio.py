@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from mmsa_lib.corpora import store
 from mmsa_lib.corpora.download import fetch, require_terms
+from mmsa_lib.corpora.pickles import load_npz
 from mmsa_lib.corpora.schema import Card, Corpus, Ragged, Split, make_corpus
 from mmsa_lib.errors import CorpusError
 from mmsa_lib.files import sha256_of
@@ -291,22 +292,11 @@ def encode(
 def read_text_features(path: str | Path, ids: list[str]) -> Ragged:
     """Precomputed token vectors of a .npz, aligned to `ids`."""
     path = _existing(path)
-    wanted = {"id", "text_lengths", "text_features"}
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if lacking := wanted - set(file.files):
-                raise CorpusError(
-                    f"{path} lacks {', '.join(sorted(lacking))}; expected the arrays "
-                    "id (n,), text_lengths (n,) and text_features (sum of lengths, D)"
-                )
-            arrays = {name: file[name] for name in wanted}
-    except CorpusError:
-        raise
-    except (ValueError, OSError, EOFError) as error:
-        raise CorpusError(
-            f"{path} is not a .npz of plain arrays ({error}). Pickled objects are not "
-            "opened: save ids as strings of fixed width (numpy.array(ids, dtype=str))."
-        ) from error
+    arrays = load_npz(
+        path,
+        ("id", "text_lengths", "text_features"),
+        "id (n,), text_lengths (n,) and text_features (sum of lengths, D)",
+    )
     values, lengths = arrays["text_features"], arrays["text_lengths"]
     found = {i: k for k, i in enumerate(arrays["id"].tolist())}
     missing = [i for i in ids if i not in found]

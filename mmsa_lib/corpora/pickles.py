@@ -3,7 +3,8 @@
 A pickle is a program. This reader admits numpy arrays, numpy scalars and plain
 containers; any other global is refused by name before it is looked up. Even the
 admitted numpy globals are not numpy's own: a crafted dtype state can make numpy treat
-raw bytes as object pointers, so arrays are rebuilt here from checked parts.
+raw bytes as object pointers, so arrays are rebuilt here from checked parts. From a
+.npz only plain arrays are read.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import collections
 import math
 import pickle
 import re
+import zipfile
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,9 @@ import numpy as np
 
 from mmsa_lib.errors import CorpusError
 from mmsa_lib.files import sha256_of
+
+# what numpy raises for a file that is no .npz; a TypeError for a lone .npy
+_DAMAGED = (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
 
 
 class _Refused(pickle.UnpicklingError):
@@ -202,6 +209,32 @@ def load_pickle(
             f"{path} is not a whole pickle ({type(error).__name__}: {error}). Download "
             "it again and compare its sha256."
         ) from error
+
+
+def load_npz(
+    path: str | Path, wanted: Sequence[str], expected: str
+) -> dict[str, np.ndarray]:
+    """The `wanted` arrays of a .npz; `expected` says what the file should have been.
+
+    Pickled objects are not opened. Raises `CorpusError` for them, for arrays that are
+    not there and for a damaged file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            lacking = [name for name in wanted if name not in file.files]
+            if not lacking:
+                return {name: file[name] for name in wanted}
+            there = file.files
+    except _DAMAGED as error:
+        raise CorpusError(
+            f"{path} is not a .npz of plain arrays ({error}). Pickled object arrays "
+            "are not opened: save strings with a fixed width (numpy.array(x, "
+            "dtype=str)) and numbers as numbers."
+        ) from error
+    raise CorpusError(
+        f"{path} lacks the arrays {', '.join(lacking)}; it has {', '.join(there)}. "
+        f"Expected {expected}"
+    )
 
 
 def _plain(x: Any, seen: dict[int, Any]) -> Any:

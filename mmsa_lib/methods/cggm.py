@@ -272,10 +272,10 @@ class GradientModulator(Rule):
     """Balances modalities while any model trains: give it to `training.fit` as a rule.
 
     config      `CGGMConfig`
-    groups      modality -> its modules; or a function of the model, and of whether
-                input projections count, that returns this (default: those of `nets`)
     task        the `tasks.Task` that the model is trained for: which prediction and
                 label it is about, its loss and slope, and how speed is measured
+    groups      modality -> its modules; or a function of the model, and of whether
+                input projections count, that returns this (default: those of `nets`)
     features    modality -> module whose output is H_m (or a function of the model);
                 None reads `output.hidden`. (B, T, D), (B, D) or pictures (B, D, H, W)
     output      function of the model -> its last linear layer, for compare="weights"
@@ -297,9 +297,9 @@ class GradientModulator(Rule):
     def __init__(
         self,
         config: CGGMConfig | None = None,
+        task: Task = SENTIMENT,
         *,
         groups: Groups | Callable[[nn.Module, bool], Groups] = modality_modules,
-        task: Task = SENTIMENT,
         features: Mapping[str, nn.Module] | Callable | None = None,
         output: Callable[[nn.Module], nn.Linear] = lambda model: model.head.out,
         optimiser: Callable | None = None,

@@ -5,7 +5,6 @@ and a few new parameters train: a bottleneck adapter, LoRA (through peft), promp
 LMF-style and concatenating fusion; and the ends of the scale, a linear probe, the head
 alone and everything. `size_for` finds the size at which a builder trains as many
 parameters as another method. All but prompts and probe start as the backbone itself.
-`encode_pairs` makes a corpus of raw texts and images, through frozen encoders.
 
 Used in the chapter "Wander".
 """
@@ -15,19 +14,13 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmsa_lib.corpora import store
-from mmsa_lib.corpora.schema import Card, Ragged, Split, make_corpus
-from mmsa_lib.errors import ConfigError, CorpusError
+from mmsa_lib.errors import ConfigError
 from mmsa_lib.methods.adapted import Adapted, Hidden, head_width
 from mmsa_lib.nets import LateFusion, count_parameters, thaw
 
@@ -223,100 +216,3 @@ def size_for(build: Build, base: LateFusion, parameters: int) -> int:
             f"parameters; {parameters} cannot be matched"
         )
     return size
-
-
-# ---------------------------------------------------------------- from raw pairs
-
-Pair = tuple[str, str, str | Path, int]  # id, text, image file, number of the class
-
-
-@torch.inference_mode()
-def encode_pairs(
-    rows: Mapping[str, Sequence[Pair]],
-    folder: str | Path,
-    card: Card,
-    text: str | Path,
-    image: str | Path,
-    tokens: int = 50,
-    batch_size: int = 32,
-    device: str = "cpu",
-) -> Path:
-    """Raw texts and images through frozen Hugging Face encoders into a stored corpus.
-
-    rows         by split ("train", "valid", "test"): what `Pair` says
-    card         name, source and terms of the corpus; the encoders are added to it
-    text, image  hub names or local folders, such as a BERT and a ViT (or one CLIP); all
-                 rows of their last hidden state are kept, as float16, at most `tokens`
-                 of a text
-    Steps wait on disk, not in memory. Returns `folder`; raises `CorpusError` where an
-    encoder or an image cannot be read.
-    """
-    from PIL import Image
-    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
-
-    def frozen(name, part, processor):
-        try:
-            model = AutoModel.from_pretrained(name)
-            model = getattr(model, part, model)  # a CLIP holds both
-            return model.to(device).eval(), processor.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise CorpusError(
-                f"the encoder {str(name)!r} could not be loaded: {error}\nConnect to "
-                "the Hugging Face hub, or give a local folder with its files."
-            ) from error
-
-    reader, tokenizer = frozen(text, "text_model", AutoTokenizer)
-    viewer, processor = frozen(image, "vision_model", AutoImageProcessor)
-
-    def read(texts):
-        shape = {"truncation": True, "max_length": tokens, "padding": True}
-        batch = tokenizer(texts, return_tensors="pt", **shape).to(device)
-        hidden = reader(**batch).last_hidden_state
-        return [h[k.bool()] for h, k in zip(hidden, batch.attention_mask, strict=True)]
-
-    def opened(file):
-        try:
-            with Image.open(file) as picture:
-                return picture.convert("RGB")
-        except OSError as error:
-            raise CorpusError(
-                f"{file} is no readable image: {error}. Replace it, or drop its row."
-            ) from error
-
-    def look(files):
-        batch = processor([opened(f) for f in files], return_tensors="pt").to(device)
-        return viewer(**batch).last_hidden_state
-
-    def encoded(encode, inputs):
-        for start in range(0, len(inputs), batch_size):
-            yield from encode(list(inputs[start : start + batch_size]))
-
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    names = {
-        k: Path(x).name if Path(x).is_dir() else str(x)
-        for k, x in {"text_encoder": text, "image_encoder": image}.items()
-    }
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        splits = {}
-        for name, pairs in rows.items():
-            ids, texts, files, y = zip(*pairs, strict=True)
-            streams = {"text": encoded(read, texts), "vision": encoded(look, files)}
-            features = {
-                m: _on_disk(Path(scratch, f"{name}-{m}"), x) for m, x in streams.items()
-            }
-            splits[name] = Split(name, ids, features, {"class": np.asarray(y)}, texts)
-        card = replace(card, options={**card.options, **names})
-        return store.write(make_corpus(card, splits), folder, float16=tuple(features))
-
-
-def _on_disk(file: Path, sequences: Iterable[Tensor]) -> Ragged:
-    """Sequences (T_i, d) written one after the other as float16, then mapped."""
-    lengths, width = [], 0
-    with file.open("wb") as out:
-        for x in sequences:
-            lengths.append(len(x))
-            width = x.shape[1]
-            out.write(x.cpu().half().numpy().tobytes())
-    values = np.memmap(file, np.float16, "r", shape=(sum(lengths), width))
-    return Ragged(values, np.cumsum([0, *lengths[:-1]]), lengths)
