@@ -3,10 +3,11 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 from conftest import ROOT
-from test_press import cell, chapter, make_project, mmsa_book
+from test_press import cell, chapter, copy_runs, make_project, mmsa_book
 
 from mmsa_lib import runs
 from mmsa_lib.errors import BookError, UnknownNameError
@@ -223,7 +224,7 @@ def test_an_edited_record_or_verdict_or_card(gate, tmp_path):
     assert "rows.0.verdict of record" in only(gate(shown(said)))
     card = runs.run_card([RECORD]).data.replace("500 MiB", "400 MiB")
     assert "its records say" in only(gate(shown(card)))
-    (path,) = (tmp_path / "results").glob("late-fusion-*.json")
+    (path,) = (tmp_path / "results/a").glob("late-fusion-*.json")
     path.write_text(path.read_text().replace("0.8", "0.7"))
     right = runs.say("{m}", m=NUMBER).data
     assert "edited or damaged" in only(gate(shown(right)))
@@ -430,7 +431,7 @@ def test_numbers_lead_to_their_records_and_pages_are_generated(tmp_path):
     (root / "_toc.yml").write_text(toc)
     runs.save(RECORD, root / "_build/records")
     real = {"name": "mosi", "synthetic": False, "sha256": "y"}
-    kept = runs.seal(runs.replace(RECORD, corpus=real, id="", created="2025-05-06"))
+    kept = runs.seal(replace(RECORD, corpus=real, id="", created="2025-05-06"))
     runs.save(kept, root / "results")
     book, short = open_book(root), RECORD.id[:12]
     outputs = [
@@ -494,11 +495,11 @@ def test_numbers_lead_to_their_records_and_pages_are_generated(tmp_path):
     (state,) = states(book, "quick")
     now = {"closure_sha256": closure_hash(state.key)}
     assert moved(kept)
-    assert not moved(runs.replace(kept, code=now))
-    assert moved(runs.replace(kept, code=now, chapter="b"))
-    assert moved(runs.replace(kept, code=now, chapter=None))
+    assert not moved(replace(kept, code=now))
+    assert moved(replace(kept, code=now, chapter="b"))
+    assert moved(replace(kept, code=now, chapter=None))
     now = {"closure_sha256": runs.package_sha256(root)}
-    assert not moved(runs.replace(kept, code=now, chapter=None))
+    assert not moved(replace(kept, code=now, chapter=None))
 
 
 def test_records_are_checked(tmp_path, capsys, monkeypatch):
@@ -510,22 +511,24 @@ def test_records_are_checked(tmp_path, capsys, monkeypatch):
     assert f"1 the code has moved on since:\n  {path.stem}" in text
     assert "1 records match their content addresses" in text
     dirty = {"dirty": True, "closure_sha256": closure_hash(states_of(root)[0].key)}
-    runs.save(runs.seal(runs.replace(RECORD, code=dirty, id="")), root / "results")
-    gone = runs.replace(RECORD, chapter="gone", id="")
+    runs.save(runs.seal(replace(RECORD, code=dirty, id="")), root / "results")
+    gone = replace(RECORD, chapter="gone", id="")
     runs.save(runs.seal(gone), root / "_build/records")
     code, text = mmsa_book(capsys, "records", "check")
     assert code == 0
     assert "1 made with local changes" in text
     assert "1 of a chapter that is not there" in text
 
-    path.rename(root / "results/other-000000000000.json")
-    edited = next((root / "_build/records").iterdir())
+    path.rename(root / "results/a/other-000000000000.json")
+    edited = next((root / "_build/records/gone").iterdir())
     edited.write_text(edited.read_text().replace("0.8", "0.7"))
     code, text = mmsa_book(capsys, "records", "check")
     assert code == 1
     assert "2 of 3 records are damaged" in text
-    assert f"_build/records: {edited.name} does not match its content address" in text
-    assert f"other-000000000000.json is the record {path.stem}" in text
+    assert (
+        f"_build/records/gone: {edited.name} does not match its content address" in text
+    )
+    assert f"other-000000000000.json is the record a/{path.name}; move it back" in text
 
 
 def states_of(root):
@@ -547,10 +550,9 @@ runs.say("The floor is {m}.", m=runs.value(made, "mae", digits=2))
         tmp_path, {"a": good, "b": chapter("B", "'words'"), **PLACEHOLDERS}
     )
     shutil.rmtree(root / "mmsa_lib")
-    for name in ("runs", "errors", "__init__"):
-        target = root / f"mmsa_lib/{name}.py"
-        target.parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / f"mmsa_lib/{name}.py", target)
+    (root / "mmsa_lib").mkdir()
+    shutil.copy(ROOT / "mmsa_lib/__init__.py", root / "mmsa_lib")
+    copy_runs(root)
     monkeypatch.chdir(root)
     quick = root / "book/profiles/quick.yml"
     quick.write_text("bands: {a: {floor: {rows.0.mae: [0.2, 0.3]}}}\n")

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 from conftest import ROOT
 from test_press import _wait_until as wait_until
-from test_press import chapter, make_project, start
+from test_press import chapter, copy_runs, make_project, start
 
 from mmsa_lib import runs
 from mmsa_lib.press import render as rendering
@@ -86,8 +86,7 @@ def make_book(root: Path) -> Path:
         for name, value in (("one", 14), ("two", 21))
     }
     make_project(root, text)
-    for name in ("errors.py", "runs.py"):
-        shutil.copy(ROOT / "mmsa_lib" / name, root / "mmsa_lib")
+    copy_runs(root)
     toy = root / "toys/jupyter_book/cli/main.py"
     toy.parent.mkdir(parents=True)
     toy.write_text(TOY_JUPYTER_BOOK)
@@ -119,7 +118,7 @@ def content(root: Path) -> dict[str, str]:
             if path.is_file():
                 text = path.read_text(encoding="utf-8")
                 found[path.relative_to(root).as_posix()] = text
-    for path in (root / "_build/records").glob("*.json"):
+    for path in (root / "_build/records").rglob("*.json"):
         name, _, short = path.stem.rpartition("-")
         found = {k: v.replace(short, name) for k, v in found.items()}
     for name in (n for n in found if n.endswith(".key.json")):

@@ -135,7 +135,7 @@ def test_committed_runs_are_of_one_text(book, monkeypatch):
     page = started(seeds=[0])
     monkeypatch.setenv("MMSA_CHAPTER", "toys")
     monkeypatch.setenv("MMSA_RECORDS", str(book / "results"))
-    monkeypatch.setattr(runs, "ROOT", book)
+    monkeypatch.setattr(runs.record, "ROOT", book)
     for text in ("old", "new"):
         monkeypatch.setenv("MMSA_CHAPTER_SHA", text)
         page.pick(f"floor-{text}", constants(CORPUS))

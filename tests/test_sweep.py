@@ -2,17 +2,14 @@
 
 import json
 import re
-import shutil
 import signal
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT
 from test_press import _wait_until as wait_until
-from test_press import chapter, make_project, mmsa_book, start
+from test_press import chapter, copy_runs, make_project, mmsa_book, start
 
 from mmsa_lib import runs
 from mmsa_lib.errors import BookError, UnknownNameError
@@ -31,6 +28,7 @@ from pathlib import Path
 
 import mmsa_lib
 from mmsa_lib import runs
+from mmsa_lib.runs.record import new
 
 flags, name = Path(flags_dir), f"{corpus}-{seeds[0]}"
 with (flags / "log").open("a") as log:
@@ -39,7 +37,7 @@ if corpus == "lost" and not (flags / "found").exists():
     raise FileNotFoundError("mmsa-book data get lost")
 once = flags / f"once-{name}"
 began = time.time()
-_ = runs.save(runs._new("begun", "measurement"))  # of an attempt that may fail
+_ = runs.save(new("begun", "measurement"))  # of an attempt that may fail
 if once.exists():
     once.unlink()
     raise ValueError("a bad moment")
@@ -59,7 +57,7 @@ for kind, offset in (("late", 0.0), ("early", 0.5)):
         }
         for seed in seeds
     ]
-    record = runs._new(
+    record = new(
         kind,
         "training",
         parameters={"scale": scale},
@@ -78,8 +76,7 @@ def make_book(root: Path, chapters: dict[str, str] | None = None) -> Path:
     toy = chapter("Toy", TRAIN, parameters=PARAMETERS)
     plain = chapter("Plain", "print(1)")
     make_project(root, chapters or {"toy": toy, "plain": plain})
-    for name in ("errors.py", "runs.py"):
-        shutil.copy(ROOT / "mmsa_lib" / name, root / "mmsa_lib")
+    copy_runs(root)
     (root / "mmsa_lib/corpora").mkdir()
     (root / "mmsa_lib/corpora/__init__.py").write_text(CORPORA)
     (root / "flags").mkdir()
@@ -152,7 +149,7 @@ def test_tasks_are_chapters_times_seeds_times_corpora(tmp_path):
     assert [t.label for t in plan(root, ["plain"])] == ["plain"]
     # another key, another folder: nothing stale is taken for done
     (before,) = plan(root, seeds=[0])
-    (root / "mmsa_lib/runs.py").write_text("# edited\n")
+    (root / "mmsa_lib/runs/page.py").write_text("# edited\n")
     (after,) = plan(root, seeds=[0])
     assert before.folder != after.folder
 
@@ -208,7 +205,11 @@ def test_a_sweep_retries_reports_merges_and_resumes(tmp_path, capsys, monkeypatc
     (one,) = merged
     assert (one["seeds"], one["problems"]) == ([0, 1], [])
     kept = {r["name"]: r["file"] for r in one["records"]}
-    assert {p.name for p in (root / "results").iterdir()} == {*kept.values()}
+    assert {*kept.values()} == {
+        p.relative_to(root / "results").as_posix()
+        for p in (root / "results").rglob("*.json")
+    }
+    assert kept["late"].startswith("toy/late-")
     record = runs.load(root / "results" / kept["late"])
     assert record.seeds == [0, 1]
     assert record.values("test.mae") == [0.0, 1.0]
@@ -218,11 +219,15 @@ def test_a_sweep_retries_reports_merges_and_resumes(tmp_path, capsys, monkeypatc
     code, printed, tasks, merged = sweep("a", "1,0", "--records", "results")
     assert {t["state"] for t in tasks.values()} == {"kept"}
     assert executed(root) == []
-    assert {p.name for p in (root / "results").iterdir()} == {*kept.values()}
+    assert {*kept.values()} == {
+        p.relative_to(root / "results").as_posix()
+        for p in (root / "results").rglob("*.json")
+    }
+    assert kept["late"].startswith("toy/late-")
 
     # a damaged record is no finished task
     task = plan(root, corpora=["a"], seeds=[1])[0]
-    damaged = next((task.folder / "records").glob("late-*.json"))
+    damaged = next((task.folder / "records/toy").glob("late-*.json"))
     assert task.finished()
     damaged.write_text(damaged.read_text().replace('"mae": 1', '"mae": 2'))
     assert task.finished() is None
@@ -266,107 +271,11 @@ def _computes(process: psutil.Process) -> bool:
 def test_a_book_edited_during_a_sweep_is_not_mixed(tmp_path):
     root = make_book(tmp_path)
     book, (task,) = open_book(root), plan(root, seeds=[0])
-    (root / "mmsa_lib/runs.py").write_text("# edited\n")
+    (root / "mmsa_lib/runs/page.py").write_text("# edited\n")
     (row,) = sweeps.sweep(book, [task])
     assert row.state == "failed"
     assert "library of toy changed since the sweep began; call it again" in row.error
     assert executed(root) == []
-
-
-# ---------------------------------------------------------------- merging
-
-
-def record(seed: int, **changes) -> runs.RunRecord:
-    made = runs.RunRecord(
-        name="late",
-        kind="training",
-        created=f"2026-01-0{seed + 1}T00:00:00+00:00",
-        chapter="toy",
-        profile="full",
-        parameters={"lr": 0.1},
-        seeds=[seed],
-        corpus={"name": "a", "sha256": "c"},
-        code={
-            **{"commit": f"{seed}", "dirty": seed == 1, "chapter_sha256": "s"},
-            **{"closure_sha256": "l", "lock_sha256": "k"},
-        },
-        environment={"python": "3.11", "torch": "2", "gpu": f"G{seed % 2}", "cores": 2},
-        resources={
-            **{"wall_seconds": 1.25, "peak_ram_mib": 100 + seed, "peak_gpu_mib": None},
-            "total_parameters": 7,
-        },
-        selection="lowest MAE",
-        per_seed=[{"seed": seed, "test": {"mae": float(seed)}, "test_ids_sha256": "t"}],
-    )
-    return runs.seal(replace(made, **changes))
-
-
-def test_merge_makes_one_record_over_seeds(tmp_path):
-    parts = [record(2), record(0), record(1)]
-    merged = sweeps.merge(parts)
-    assert merged.seeds == [0, 1, 2]
-    assert merged.values("test.mae") == [0.0, 1.0, 2.0]
-    assert merged.created == parts[0].created
-    assert merged.code["dirty"] is True  # one part was
-    assert merged.environment["gpu"] == "G0; G1"
-    assert merged.environment["cores"] == 2
-    assert merged.resources == {
-        "wall_seconds": 3.75,
-        "peak_ram_mib": 102,
-        "peak_gpu_mib": None,
-        "total_parameters": 7,
-    }
-    assert merged.rows == [{"merged_from": [record(s).id for s in (0, 1, 2)]}]
-    assert runs.load(runs.save(merged, tmp_path)) == merged
-    assert sweeps.merge(reversed(parts)) == merged
-    assert sweeps.merge([parts[1]]) == parts[1]
-
-
-@pytest.mark.parametrize(
-    ("named", "changes"),
-    [
-        ("name", {"name": "early"}),
-        ("corpus", {"corpus": {"name": "a", "sha256": "other"}}),
-        ("parameters", {"parameters": {"lr": 0.2}}),
-        ("chapter", {"chapter": "other"}),
-        ("profile", {"profile": "quick"}),
-        ("selection", {"selection": "best of test"}),
-        ("code.closure_sha256", {"code": {"closure_sha256": "m"}}),
-        ("code.chapter_sha256", {"code": {"chapter_sha256": "m"}}),
-        ("code.lock_sha256", {"code": {"lock_sha256": "m"}}),
-        ("environment.torch", {"environment": {"torch": "3"}}),
-        ("resources.total_parameters", {"resources": {"total_parameters": 8}}),
-        ("test items", {"per_seed": [{"seed": 1, "test_ids_sha256": "u"}]}),
-    ],
-)
-def test_merge_says_what_differs(named, changes):
-    base = record(1)
-    changes = {
-        k: getattr(base, k) | v if k in ("code", "environment", "resources") else v
-        for k, v in changes.items()
-    }
-    with pytest.raises(runs.RecordError, match="cannot be merged") as error:
-        sweeps.merge([record(0), record(2), record(1, **changes)])
-    differing = str(error.value).partition("differ in: ")[2]
-    assert differing.startswith(f"{named} (")
-    assert differing.count("against") == 1  # this and nothing else
-
-
-def test_merge_refuses_a_seed_twice():
-    again = record(0, created="2026-02-01T00:00:00+00:00")
-    with pytest.raises(runs.RecordError, match=r"a seed occurs twice in \[0, 0\]"):
-        sweeps.merge([record(0), again])
-    with pytest.raises(runs.RecordError, match="no records"):
-        sweeps.merge([])
-
-
-def test_one_seed_is_recorded_without_a_verdict(tmp_path, monkeypatch):
-    """A task of a sweep has one seed, and a chapter compares: it must not fail."""
-    monkeypatch.setenv("MMSA_RECORDS", str(tmp_path))
-    found = runs.compare(record(1), record(1, name="early"), names=("late", "early"))
-    assert found.rows[0]["n"] == 1
-    assert found.rows[0]["verdict"] == "late against early: one seed, no comparison."
-    assert "p" not in found.rows[0]
 
 
 # ---------------------------------------------------------------- Ray
@@ -462,5 +371,6 @@ def test_what_travels_is_book_and_library(tmp_path):
     (root / "mmsa_lib/__pycache__/a.pyc").write_text("x")
     names = zipfile.ZipFile(io.BytesIO(sweeps.pack(open_book(root)))).namelist()
     assert {"book/_toc.yml", "book/book/toy.md", "book/mmsa_lib/used.py"} <= {*names}
-    assert {"press/mmsa_lib/errors.py", "press/mmsa_lib/press/sweep.py"} <= {*names}
+    for needed in ("errors", "files", "runs/record", "press/sweep"):
+        assert f"press/mmsa_lib/{needed}.py" in names
     assert not [n for n in names if "private" in n or "pyc" in n or "flags" in n]

@@ -379,6 +379,12 @@ def edited_record(tmp_path):
     runs.load(path)
 
 
+@raises("this page claims '…', which is not true of this run.")
+def false_claim(monkeypatch):
+    monkeypatch.setenv("MMSA_STRICT", "1")
+    runs.claim(False, "The MAE is {mae}.", mae=runs.given(1.2, "made up"))
+
+
 @raises("the records folder … cannot be made")
 def no_records_folder(tmp_path):
     (tmp_path / "a").write_text("a file in the way")

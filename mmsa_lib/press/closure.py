@@ -2,10 +2,9 @@
 
 Imports are read from the syntax tree: absolute, relative, ``from mmsa_lib import x``,
 inside functions, and the ``__init__`` of every package on the way. A module that is
-only named in a string (``python -m mmsa_lib.corpora``) counts as well. Where a name is
-only known at run time (``import_module(f"mmsa_lib.corpora.{name}")``) everything it
-could mean counts: a closure may be too large, never too small. What the package itself
-imports when it is asked for a name (its ``__getattr__``) counts where it may be asked.
+only named in a string (``python -m mmsa_lib.press.execute``) counts as well. Where a
+name is only known at run time (``import_module(f"mmsa_lib.corpora.{name}")``)
+everything it could mean counts: a closure may be too large, never too small.
 """
 
 from __future__ import annotations
@@ -52,21 +51,7 @@ def _imports_of(root: Path, path: Path, source: str) -> tuple[Path, ...]:
     except SyntaxError as error:
         where = path.relative_to(root).as_posix()
         raise BookError(f"{where}, line {error.lineno}: {error.msg}") from error
-    if parts == (PACKAGE, "__init__"):
-        tree.body = [node for node in tree.body if not _is_getattr(node)]
     return tuple(_targets(root, tree, package))
-
-
-def _is_getattr(node: ast.AST) -> bool:
-    return isinstance(node, ast.FunctionDef) and node.name == "__getattr__"
-
-
-def _on_request(root: Path) -> Iterator[Path]:
-    """What the package imports once somebody asks it for a name of its own."""
-    path = root / PACKAGE / "__init__.py"
-    body = ast.parse(path.read_text(encoding="utf-8")).body if path.is_file() else ()
-    for node in filter(_is_getattr, body):
-        yield from _targets(root, node, PACKAGE)
 
 
 def _targets(root: Path, tree: ast.AST, package: str) -> Iterator[Path]:
@@ -76,9 +61,6 @@ def _targets(root: Path, tree: ast.AST, package: str) -> Iterator[Path]:
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield from _module(root, alias.name)
-                bound = alias.name if alias.asname else alias.name.split(".")[0]
-                if bound == PACKAGE:
-                    yield from _on_request(root)
         elif isinstance(node, ast.ImportFrom):
             base = _absolute(node.module or "", node.level, package)
             yield from _module(root, base)
@@ -88,10 +70,7 @@ def _targets(root: Path, tree: ast.AST, package: str) -> Iterator[Path]:
                 elif alias.name in _DYNAMIC and alias.asname:
                     yield from _everything(root, PACKAGE)
                 else:
-                    inside = list(_module(root, f"{base}.{alias.name}"))
-                    yield from inside
-                    if base == PACKAGE and len(inside) < 2:  # a name, no module
-                        yield from _on_request(root)
+                    yield from _module(root, f"{base}.{alias.name}")
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             if _NAMED.fullmatch(node.value):
                 yield from _module(root, f"{node.value}.__main__")
@@ -140,8 +119,6 @@ def _dynamic(root: Path, argument: ast.expr, package: str) -> Iterator[Path]:
     """A module named at run time: exact for a literal, else all it could be."""
     if isinstance(argument, ast.Constant):
         name = str(argument.value)
-        if name == PACKAGE:
-            yield from _on_request(root)
         dots = len(name) - len(name.lstrip("."))
         yield from _module(root, _absolute(name[dots:], dots, package))
         return

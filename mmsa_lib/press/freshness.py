@@ -165,7 +165,7 @@ _QUERIES = {"find": "name", "committed": "chapter"}
 def _files(root: Path, chapter: str, code: list[ast.stmt]) -> dict[str, str]:
     """Files outside the library that a chapter may show.
 
-    Records of ``results/``: its own, those of the names and chapters that it asks for
+    Records of ``results/``, told by folder and name: its own, those that it asks for
     (``runs.find("late-fusion")``, ``runs.committed("baselines")``), or all of them if
     that is not plain to see: the argument is no literal, the function goes by another
     name, or the code uses ``load_all`` or the folder itself (a literal "results").
@@ -191,13 +191,12 @@ def _files(root: Path, chapter: str, code: list[ast.stmt]) -> dict[str, str]:
     everything |= bool(words & {"results", "load_all", *_QUERIES})
     found = {}
     for path in sorted((root / "results").rglob("*.json")):
-        content = path.read_bytes()
         if (
             everything
             or path.stem.rpartition("-")[0] in asked["name"]
-            or any(f'"chapter": "{c}"'.encode() in content for c in asked["chapter"])
+            or path.parent.name in asked["chapter"]
         ):
-            found[path.relative_to(root).as_posix()] = sha256(content)
+            found[path.relative_to(root).as_posix()] = sha256_of(path)
     for path in sorted((root / "book").rglob("*")):
         inside = path.relative_to(root / "book").parts
         if path.is_file() and path.suffix != ".md" and words & set(inside):

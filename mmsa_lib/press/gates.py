@@ -50,6 +50,7 @@ _WARNING = re.compile(r"\b\w*Warning\b:.*")
 _SHOWN = {"print", "show", "display"}  # calls that show something wherever they stand
 _VALUES = {
     "say",
+    "claim",
     "table",
     "reference_table",
     "verdict",

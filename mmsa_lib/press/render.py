@@ -154,7 +154,7 @@ def _jupyter_book(book: Book, stage: Path) -> Path:
     reading, writing = os.pipe()
     try:
         done = subprocess.run(
-            [sys.executable, "-c", program, *arguments],
+            [sys.executable, "-P", "-c", program, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=reading,

@@ -22,7 +22,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from mmsa_lib import runs
@@ -31,10 +31,12 @@ from mmsa_lib.files import digest, sha256_of, write_atomic
 from mmsa_lib.press.chapters import Book, Chapter, open_book
 from mmsa_lib.press.execute import execute
 from mmsa_lib.press.freshness import Product, State, data_folder, key_of
+from mmsa_lib.runs.record import place
 
 ATTEMPTS = 2  # a failed task is tried once more
 SENT = ("_toc.yml", "_config.yml", "constraints.txt", "book", "mmsa_lib", "results")
-PRESS = ("__init__.py", "errors.py", "runs.py", "press")  # what a runner imports
+# what a runner imports
+PRESS = ("__init__.py", "errors.py", "files.py", "runs", "press")
 METRICS_SHOWN = 4  # in one cell of the table; all of them are in the JSON
 REPORT = Callable[[str, dict], None]
 
@@ -69,7 +71,8 @@ class Task:
                 return None
             if sha256_of(product.notebook) != noted["notebook"]:
                 return None
-            return noted, [runs.load(folder / f"{n}.json") for n in noted["records"]]
+            places = [folder / place(self.chapter, n) for n in noted["records"]]
+            return noted, [runs.load(path) for path in places]
         except (OSError, runs.RecordError):
             return None
 
@@ -507,93 +510,6 @@ def unpack(files: bytes, folder: Path) -> None:
 # ---------------------------------------------------------------- merging
 
 
-def merge(records: Iterable[runs.RunRecord]) -> runs.RunRecord:
-    """One record over seeds of records that differ in nothing but their seed.
-
-    Raises `RecordError` that names what differs: code, corpus, parameters, versions.
-    Wall time is the sum, peak memory the largest; the parts' ids stand in ``rows``.
-    """
-    parts = sorted(records, key=lambda r: r.seeds)
-    if not parts:
-        raise runs.RecordError("there are no records to merge")
-    if len(parts) == 1:
-        return parts[0]
-    first, *others = (_common(part) for part in parts)
-    differing = {
-        name: f"{name} ({_short(first[name])} against {_short(other[name])})"
-        for other in others
-        for name in first
-        if first[name] != other[name]
-    }
-    if differing:
-        raise runs.RecordError(
-            f"records of {parts[0].name} cannot be merged, they differ in: "
-            + ", ".join(differing.values())
-        )
-    seeds = [seed for part in parts for seed in part.seeds]
-    if len(set(seeds)) < len(seeds):
-        raise runs.RecordError(f"{parts[0].name}: a seed occurs twice in {seeds}")
-    newest = max(parts, key=lambda r: r.created)
-    return runs.seal(
-        replace(
-            newest,
-            seeds=seeds,
-            per_seed=[entry for part in parts for entry in part.per_seed],
-            code=newest.code | {"dirty": any(p.code.get("dirty") for p in parts)},
-            environment={
-                k: _joined([p.environment.get(k) for p in parts])
-                for k in newest.environment
-            },
-            resources={
-                k: _pooled(k, [p.resources.get(k) for p in parts])
-                for k in newest.resources
-            },
-            rows=[{"merged_from": [part.id for part in parts]}],
-            id="",
-        )
-    )
-
-
-def _common(record: runs.RunRecord) -> dict:
-    """What records of several seeds must have in common."""
-    plain = ("name", "kind", "chapter", "profile", "parameters", "corpus", "selection")
-    code = ("chapter_sha256", "closure_sha256", "lock_sha256")
-    versions = ("python", "torch", "transformers", "numpy")
-    counts = ("trainable_parameters", "total_parameters")
-    return (
-        {k: getattr(record, k) for k in (*plain, "status", "schema")}
-        | {f"code.{k}": record.code.get(k) for k in code}
-        | {f"environment.{k}": record.environment.get(k) for k in versions}
-        | {f"resources.{k}": record.resources.get(k) for k in counts}
-        | {
-            "test items": sorted(
-                {str(e.get("test_ids_sha256")) for e in record.per_seed}
-            )
-        }
-    )
-
-
-def _joined(values: list):
-    """A fact of the hardware: texts that differ are all named, numbers become None."""
-    found = [v for i, v in enumerate(values) if v not in values[:i]]
-    if len(found) == 1:
-        return found[0]
-    texts = [v for v in found if isinstance(v, str)]
-    return "; ".join(texts) or None
-
-
-def _pooled(name: str, values: list):
-    known = [v for v in values if v is not None]
-    if not known:
-        return None
-    return round(sum(known), 2) if name == "wall_seconds" else max(known)
-
-
-def _short(value) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
 @dataclass(frozen=True)
 class Merged:
     """The records over seeds of one chapter and corpus, and what could not be."""
@@ -633,7 +549,7 @@ def _merge_rows(chapter: str, corpus: str | None, rows: list[Row]) -> Merged:
             )
             continue
         try:
-            records.append(merge(found))
+            records.append(runs.merge(found))
         except runs.RecordError as error:
             problems.append(str(error))
     return Merged(chapter, corpus, seeds, tuple(records), tuple(problems))
@@ -715,7 +631,7 @@ def _main_metric(record: runs.RunRecord) -> str | None:
 
 def _shown(record: runs.RunRecord) -> dict:
     """Name, file and main test metric of a record."""
-    found = {"name": record.name, "file": f"{record.name}-{record.id[:12]}.json"}
+    found = {"name": record.name, "file": record.place.as_posix()}
     metric = _main_metric(record)
     if metric:
         path = f"test.{metric}"
