@@ -19,8 +19,12 @@ from matplotlib.colors import to_hex, to_rgb
 from myst_nb.docutils_ import Parser
 from PIL import Image
 
+<<<<<<< HEAD
 from mmsa_lib import figures, runs
 from mmsa_lib.corpora import clips
+=======
+from mmsa_lib import figures, runs, statistics
+>>>>>>> ch-wander
 from mmsa_lib.figures import FigureError
 
 WORDS = {
@@ -285,6 +289,19 @@ def test_strip_draws_every_seed_and_the_mean():
     assert means == pytest.approx([np.mean(v) for v in GROUPS.values()])
     assert ax.yaxis_inverted()  # the first name is on top
     assert [line.get_xdata()[0] for line in ax.lines] == [0.80, 0.84]
+
+
+def test_strip_with_colours_of_ones_own_and_intervals():
+    """Twelve names are more than there are colours; one seed has no interval."""
+    groups = {f"method {i}": [0.1 * i, 0.2 * i] for i in range(1, 12)} | {"one": [2.0]}
+    look = dict.fromkeys(groups, figures.OKABE_ITO["blue"])
+    _, ax = figures.canvas()
+    figures.strip(ax, groups, look=look, intervals=True)
+    s = statistics.summarise([0.1, 0.2])
+    bars = [c.get_segments()[0] for c in ax.collections if hasattr(c, "get_segments")]
+    bars = [bar for bar in bars if bar[0][1] == bar[1][1]]  # horizontal
+    assert len(bars) == 11
+    np.testing.assert_allclose(bars[0][:, 0], [s.low, s.high])
 
 
 def test_curves_draw_every_seed_and_a_mean_to_the_shortest():
