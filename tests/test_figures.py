@@ -19,12 +19,8 @@ from matplotlib.colors import to_hex, to_rgb
 from myst_nb.docutils_ import Parser
 from PIL import Image
 
-<<<<<<< HEAD
-from mmsa_lib import figures, runs
-from mmsa_lib.corpora import clips
-=======
 from mmsa_lib import figures, runs, statistics
->>>>>>> ch-wander
+from mmsa_lib.corpora import clips
 from mmsa_lib.figures import FigureError
 
 WORDS = {
