@@ -282,7 +282,9 @@ class Study:
         Raises `UnknownNameError` where there is none.
         """
         found = runs.committed(self.chapter, corpus or self.corpus.name)
-        text = found[-1].code["chapter_sha256"]
+        # what a run on another corpus compared of this one is no run of its own
+        trained = [r for r in found if r.kind == "training"] or found
+        text = trained[-1].code["chapter_sha256"]
         return {r.name: r for r in found if r.code["chapter_sha256"] == text}
 
     def card(self):

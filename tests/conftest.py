@@ -1,6 +1,7 @@
 """What several test files share: private data, the command, a small trained Thinker."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,15 @@ def shared_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"no shared data at MMSA_SHARED={path}")
     return path
+
+
+@pytest.fixture
+def no_orphans(tmp_path) -> Iterator[None]:
+    """However a test ends: what it started on its folder ends with it."""
+    from processes import end_family
+
+    yield
+    end_family(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -8,19 +8,20 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 from conftest import ROOT
+from processes import family, start, wait_until
 
 from mmsa_lib.errors import BookError, UnknownNameError
 from mmsa_lib.files import write_atomic
 from mmsa_lib.press import cli
 from mmsa_lib.press.chapters import UNCLEAR, find_root, open_book, parse, read_chapter
-from mmsa_lib.press.closure import reach
+from mmsa_lib.press.closure import every_node, reach
 from mmsa_lib.press.freshness import states
+
+pytestmark = pytest.mark.usefixtures("no_orphans")
 
 HEADER = """\
 ---
@@ -70,12 +71,13 @@ def make_project(root: Path, chapters: dict[str, str]) -> Path:
     return root
 
 
-def copy_runs(root: Path) -> None:
-    """Our own records, and what they stand on, in the library of that book."""
-    for name in ("errors.py", "files.py"):
-        shutil.copy(ROOT / "mmsa_lib" / name, root / "mmsa_lib")
-    skip = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "mmsa_lib/runs", root / "mmsa_lib/runs", ignore=skip)
+def add_library(root: Path) -> None:
+    """Our records, and what they import, in the library of a book under test."""
+    for name in ("__init__", "errors", "files", "runs"):
+        if (ROOT / "mmsa_lib" / name).is_dir():
+            shutil.copytree(ROOT / "mmsa_lib" / name, root / "mmsa_lib" / name)
+        else:
+            shutil.copy(ROOT / f"mmsa_lib/{name}.py", root / "mmsa_lib")
 
 
 def mmsa_book(capsys, *arguments: str) -> tuple[int, str]:
@@ -84,21 +86,6 @@ def mmsa_book(capsys, *arguments: str) -> tuple[int, str]:
         cli.main(list(arguments))
     printed = capsys.readouterr()
     return stop.value.code or 0, printed.out + printed.err
-
-
-def start(root: Path, *arguments: str, **more) -> subprocess.Popen:
-    """The command as a process of its own, with this library, on another book."""
-    # -P: the library of the book under test must not shadow this one
-    program = "from mmsa_lib.press.cli import main; main()"
-    return subprocess.Popen(
-        [sys.executable, "-P", "-c", program, *arguments],
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **more,
-    )
 
 
 # ---------------------------------------------------------------- reading
@@ -225,6 +212,10 @@ def test_profiles_know_their_chapters_and_parameters(tmp_path):
 # ---------------------------------------------------------------- closure
 
 
+def nodes(code: str) -> list:
+    return every_node(parse(code))
+
+
 @pytest.fixture
 def library(tmp_path) -> Path:
     files = {
@@ -285,30 +276,30 @@ def test_closure(library, code, files):
     nets = ["__init__", "errors", "nets/__init__", "nets/encoder"]
     several = {"NETS": nets, "PARTS": ["nets/parts/__init__", "nets/parts/gate"]}
     want = {w for f in files.split() for w in several.get(f, [f])}
-    found = reach(library, parse(code))
+    found = reach(library, nodes(code))
     assert set(found) == {f"mmsa_lib/{name}.py" for name in want}
 
 
 def test_closure_is_wide_where_a_name_is_known_at_run_time(library):
-    found = set(reach(library, parse("from mmsa_lib.corpora import load")))
+    found = set(reach(library, nodes("from mmsa_lib.corpora import load")))
     names = {"__init__", "corpora/__init__", "corpora/mosi"}
     names |= {f"corpora/puppets/{m}" for m in ("__init__", "oracle", "world")}
     files = {f"mmsa_lib/{name}.py" for name in names | {"errors"}}
     data = {"words/list.txt", "puppets/table.txt"}
     assert found == files | {f"mmsa_lib/corpora/{name}" for name in data}
-    star = set(reach(library, parse("from mmsa_lib.nets import *")))
+    star = set(reach(library, nodes("from mmsa_lib.nets import *")))
     assert "mmsa_lib/nets/fusion.py" in star
     for code in (
         "import_module(name)",
         "list(map(importlib.import_module, names))",
         "from importlib import import_module as load",
     ):
-        everything = set(reach(library, parse(code)))
+        everything = set(reach(library, nodes(code)))
         assert everything >= {"mmsa_lib/pool.py", "mmsa_lib/nets/fusion.py"}
 
 
 def test_closure_sees_content_not_time(library):
-    code = parse("from mmsa_lib import runs")
+    code = nodes("from mmsa_lib import runs")
     before = reach(library, code)
     runs = library / "mmsa_lib/runs.py"
     os.utime(runs)
@@ -504,27 +495,13 @@ def test_no_orphan_computes_on_after_a_kill(tmp_path):
         "_ = pathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(120)",
     )
     root = make_project(tmp_path, {"sleeper": sleeper})
-    with start(root, "build") as process:
-        pid_file = root / "book/pid"
-        _wait_until(lambda: pid_file.exists() and pid_file.read_text(), 60)
-        process.send_signal(signal.SIGKILL)
-        kernel = int(pid_file.read_text())
-        _wait_until(lambda: not _alive(kernel), 20)
+    process, pid_file = start(root, "build"), root / "book/pid"
+    wait_until(lambda: pid_file.exists() and pid_file.read_text(), process)
+    process.send_signal(signal.SIGKILL)
+    kernel = int(pid_file.read_text())
+    assert kernel in {p.pid for p in family(root)}
+    wait_until(lambda: not family(root))
     assert not list((root / "_build").rglob("executed/**/*"))
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _wait_until(condition, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.1)
 
 
 def test_two_builds_at_once_wait_for_each_other(tmp_path):
@@ -540,8 +517,7 @@ def test_two_builds_at_once_wait_for_each_other(tmp_path):
         assert "another build of this book is running" in process.stdout.readline()
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.5)
-    assert process.wait(20) != 0
-    process.stdout.close()
+    assert process.wait() != 0
 
 
 def test_records_and_files_a_chapter_shows_are_part_of_its_key(tmp_path):

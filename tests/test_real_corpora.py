@@ -441,3 +441,13 @@ def test_mosei_files_of_another_shape_are_refused(tmp_path, change, message):
     np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
     with pytest.raises(CorpusError, match=message):
         corpora.load("mosei-video", tmp_path)
+
+
+def test_the_leaking_text_is_read_for_the_audit_only(mosi_dir):
+    ids, vectors, trained = mosi_text_audio.leaking_text(mosi_dir / "sources")
+    segments = mosi_text_audio.read_segments(mosi_dir / "sources")
+    assert sorted(ids) == sorted(segments.ids)
+    assert vectors.shape == (2199, 100) and vectors.dtype == np.float32
+    assert trained.sum() == 1447
+    video = np.array([i.rsplit("_", 1)[0] for i in ids])
+    assert not set(video[trained]) & set(video[~trained])

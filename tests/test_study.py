@@ -1,6 +1,7 @@
 """What chapters repeat: plans, arms, comparisons, tables, committed runs."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -135,10 +136,11 @@ def test_committed_runs_are_of_one_text(book, monkeypatch):
     page = started(seeds=[0])
     monkeypatch.setenv("MMSA_CHAPTER", "toys")
     monkeypatch.setenv("MMSA_RECORDS", str(book / "results"))
-    monkeypatch.setattr(runs, "ROOT", book)
-    for text in ("old", "new"):
+    monkeypatch.setattr(runs.record, "ROOT", book)
+    for year, text in enumerate(("old", "new"), start=2030):
         monkeypatch.setenv("MMSA_CHAPTER_SHA", text)
-        page.pick(f"floor-{text}", constants(CORPUS))
+        made = page.pick(f"floor-{text}", constants(CORPUS))
+        runs.save(runs.seal(replace(made, id="", created=f"{year}-01-01")))
     found = page.committed()
     assert set(found) == {"floor-new"}
     with pytest.raises(UnknownNameError, match="toys on mosi"):

@@ -1,20 +1,26 @@
 """Sweeps: planned before they start, resumed, retried once, merged over seeds."""
 
 import json
+import os
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import psutil
 import pytest
-from test_press import _wait_until as wait_until
-from test_press import chapter, copy_runs, make_project, mmsa_book, start
+from processes import computes, finish, start, wait_until
+from test_press import add_library, chapter, make_project, mmsa_book
 
 from mmsa_lib import runs
 from mmsa_lib.errors import BookError, UnknownNameError
-from mmsa_lib.press import sweep as sweeps
+from mmsa_lib.press import engines, planning
 from mmsa_lib.press.chapters import open_book
+from mmsa_lib.press.collect import merge_seeds
+from mmsa_lib.press.sweep import sweep
+
+pytestmark = pytest.mark.usefixtures("no_orphans")
 
 CORPORA = """
 def names():
@@ -76,7 +82,7 @@ def make_book(root: Path, chapters: dict[str, str] | None = None) -> Path:
     toy = chapter("Toy", TRAIN, parameters=PARAMETERS)
     plain = chapter("Plain", "print(1)")
     make_project(root, chapters or {"toy": toy, "plain": plain})
-    copy_runs(root)
+    add_library(root)
     (root / "mmsa_lib/corpora").mkdir()
     (root / "mmsa_lib/corpora/__init__.py").write_text(CORPORA)
     (root / "flags").mkdir()
@@ -86,7 +92,7 @@ def make_book(root: Path, chapters: dict[str, str] | None = None) -> Path:
 
 def plan(root: Path, chapters=("toy",), corpora=(), seeds=(), **given):
     given = {"flags_dir": str(root / "flags")} | given
-    return sweeps.plan(
+    return planning.plan(
         open_book(root),
         chapters,
         corpora,
@@ -95,6 +101,11 @@ def plan(root: Path, chapters=("toy",), corpora=(), seeds=(), **given):
         lambda chapter: chapter.check(given if chapter.name == "toy" else {}),
         root / "_build/runs/sweep/tasks",
     )
+
+
+def edit_library(root: Path) -> None:
+    with (root / "mmsa_lib/errors.py").open("a") as file:
+        file.write("# edited\n")
 
 
 def executed(root: Path) -> list[str]:
@@ -149,7 +160,7 @@ def test_tasks_are_chapters_times_seeds_times_corpora(tmp_path):
     assert [t.label for t in plan(root, ["plain"])] == ["plain"]
     # another key, another folder: nothing stale is taken for done
     (before,) = plan(root, seeds=[0])
-    (root / "mmsa_lib/runs/page.py").write_text("# edited\n")
+    edit_library(root)
     (after,) = plan(root, seeds=[0])
     assert before.folder != after.folder
 
@@ -163,7 +174,7 @@ def test_a_sweep_retries_reports_merges_and_resumes(tmp_path, capsys, monkeypatc
     flags = root / "flags"
     (flags / "once-a-0").touch()
 
-    def sweep(corpora, seeds, *more):
+    def command(corpora, seeds, *more):
         words = ["sweep", "toy", "--profile", "quick", "--corpora", corpora]
         words += ["--seeds", seeds, "-p", "flags_dir", "flags", *more]
         code, printed = mmsa_book(capsys, *words)
@@ -173,7 +184,7 @@ def test_a_sweep_retries_reports_merges_and_resumes(tmp_path, capsys, monkeypatc
         return code, printed, tasks, table["merged"]
 
     # one task fails once, one corpus cannot be loaded: nothing of the others is lost
-    code, printed, tasks, merged = sweep("a,lost", "0")
+    code, printed, tasks, merged = command("a,lost", "0")
     assert code == 1
     assert executed(root) == ["a-0", "a-0", "lost-0", "lost-0"]
     found = {k: (t["state"], t["attempts"]) for k, t in tasks.items()}
@@ -190,7 +201,7 @@ def test_a_sweep_retries_reports_merges_and_resumes(tmp_path, capsys, monkeypatc
 
     # mended, the same command does only what is missing
     (flags / "found").touch()
-    code, printed, tasks, merged = sweep("a,lost", "0")
+    code, printed, tasks, merged = command("a,lost", "0")
     assert code == 0, printed
     assert executed(root) == ["lost-0"]
     found = {k: (t["state"], t["attempts"]) for k, t in tasks.items()}
@@ -198,7 +209,7 @@ def test_a_sweep_retries_reports_merges_and_resumes(tmp_path, capsys, monkeypatc
     assert [(m["corpus"], m["seeds"]) for m in merged] == [("a", [0]), ("lost", [0])]
 
     # so does a larger one; its records over seeds go where they are to be kept
-    code, printed, tasks, merged = sweep("a", "1,0", "--records", "results")
+    code, printed, tasks, merged = command("a", "1,0", "--records", "results")
     assert code == 0, printed
     assert executed(root) == ["a-1"]
     assert "late mae 0.500 ± 0.707" in printed
@@ -216,7 +227,7 @@ def test_a_sweep_retries_reports_merges_and_resumes(tmp_path, capsys, monkeypatc
     assert len(record.rows[0]["merged_from"]) == 2
 
     # kept there, they do not make the same sweep begin anew, nor are they made twice
-    code, printed, tasks, merged = sweep("a", "1,0", "--records", "results")
+    code, printed, tasks, merged = command("a", "1,0", "--records", "results")
     assert {t["state"] for t in tasks.values()} == {"kept"}
     assert executed(root) == []
     assert {*kept.values()} == {
@@ -241,38 +252,31 @@ def test_a_stopped_sweep_keeps_what_is_done(tmp_path, how):
     words = ["sweep", "toy", "--profile", "quick", "--seeds", "0,1,2"]
     words += ["--jobs", "1" if how == signal.SIGINT else "2", "-p", "flags_dir"]
     first, second, _ = plan(root, seeds=[0, 1, 2])
-    with start(root, *words, str(flags)) as process:
-        wait_until(lambda: first.finished() and (flags / "pid-a-1").exists(), 60)
-        family = psutil.Process(process.pid).children(recursive=True)
-        assert int((flags / "pid-a-1").read_text()) in {p.pid for p in family}
-        process.send_signal(how)
-        if how == signal.SIGINT:
-            assert process.wait(20) == 130
-            assert "FAILED" not in process.stdout.read()
-        wait_until(lambda: not any(_computes(p) for p in family), 20)
+    process, held = start(root, *words, str(flags)), flags / "pid-a-1"
+    wait_until(lambda: first.finished() and held.exists() and held.read_text(), process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert int(held.read_text()) in {p.pid for p in family}
+    process.send_signal(how)
+    code, printed = finish(process)
+    assert code == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    assert "FAILED" not in printed
+    wait_until(lambda: not any(map(computes, family)))
     assert first.finished()
     assert second.finished() is None
     if how == signal.SIGKILL:
         return
     (flags / "hold-a-1").unlink()
     executed(root)
-    rows = sweeps.sweep(open_book(root), [first, second])
+    rows = sweep(open_book(root), [first, second])
     assert [row.state for row in rows] == ["kept", "done"]
     assert executed(root) == ["a-1"]
-
-
-def _computes(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def test_a_book_edited_during_a_sweep_is_not_mixed(tmp_path):
     root = make_book(tmp_path)
     book, (task,) = open_book(root), plan(root, seeds=[0])
-    (root / "mmsa_lib/runs/page.py").write_text("# edited\n")
-    (row,) = sweeps.sweep(book, [task])
+    edit_library(root)
+    (row,) = sweep(book, [task])
     assert row.state == "failed"
     assert "library of toy changed since the sweep began; call it again" in row.error
     assert executed(root) == []
@@ -285,10 +289,10 @@ def test_without_ray_the_remedy_is_named(tmp_path, monkeypatch):
     root = make_book(tmp_path)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(BookError, match=r"pip install 'mmsa-lib\[ray\]'"):
-        sweeps.sweep(open_book(root), plan(root, seeds=[0]), engine="ray")
+        sweep(open_book(root), plan(root, seeds=[0]), engine="ray")
     assert executed(root) == []
     with pytest.raises(UnknownNameError, match="unknown engine 'rai'"):
-        sweeps.sweep(open_book(root), plan(root, seeds=[0]), engine="rai")
+        sweep(open_book(root), plan(root, seeds=[0]), engine="rai")
 
 
 def start_ray(ray) -> None:
@@ -328,8 +332,8 @@ def test_the_same_tasks_on_a_real_ray(tmp_path, monkeypatch):
         start_ray(ray)
         book, tasks = open_book(root), plan(root, seeds=[0, 1])
         with pytest.raises(BookError, match="asks for 2 GPUs and the largest node"):
-            sweeps.sweep(book, tasks, engine="ray", gpus_per_task=2)
-        rows = sweeps.sweep(book, tasks, engine="ray", gpus_per_task=1)
+            sweep(book, tasks, engine="ray", gpus_per_task=2)
+        rows = sweep(book, tasks, engine="ray", gpus_per_task=1)
         assert ray.is_initialized()  # a cluster that was there stays
     finally:
         ray.shutdown()
@@ -350,13 +354,13 @@ def test_the_same_tasks_on_a_real_ray(tmp_path, monkeypatch):
     assert [e["gpu"] for e in entries] == ["0", "0"]
     first, second = sorted(entries, key=lambda e: e["began"])
     assert first["ended"] < second["began"]  # one GPU: one after the other
-    (merged,) = sweeps.merge_seeds(rows)
+    (merged,) = merge_seeds(rows)
     assert merged.problems == ()
     assert [r.seeds for r in merged.records] == [[0, 1], [0, 1]]
 
 
 def test_gpus_reach_the_options_of_the_remote_task():
-    options = sweeps.ray_options(0.5)
+    options = engines.ray_options(0.5)
     assert (options["num_gpus"], options["max_retries"]) == (0.5, 0)
 
 
@@ -369,8 +373,24 @@ def test_what_travels_is_book_and_library(tmp_path):
     (root / "data/private.bin").write_text("x")
     (root / "mmsa_lib/__pycache__").mkdir()
     (root / "mmsa_lib/__pycache__/a.pyc").write_text("x")
-    names = zipfile.ZipFile(io.BytesIO(sweeps.pack(open_book(root)))).namelist()
+    packed = zipfile.ZipFile(io.BytesIO(engines.pack(open_book(root))))
+    names = packed.namelist()
     assert {"book/_toc.yml", "book/book/toy.md", "book/mmsa_lib/used.py"} <= {*names}
-    for needed in ("errors", "files", "runs/record", "press/sweep"):
-        assert f"press/mmsa_lib/{needed}.py" in names
     assert not [n for n in names if "private" in n or "pyc" in n or "flags" in n]
+    # of this library just what the runner imports
+    packed.extractall(tmp_path / "node")
+    program = (
+        "import sys, mmsa_lib.press.runner\n"
+        "print(*(m.__file__ for n, m in sys.modules.items() if n[:8] == 'mmsa_lib'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program],
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "node/press")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = done.stdout.split()
+    assert all(file.startswith(str(tmp_path / "node/press")) for file in loaded)
+    assert len(loaded) > 5
+    assert "press/mmsa_lib/training.py" not in names

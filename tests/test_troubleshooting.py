@@ -15,7 +15,8 @@ import pytest
 import torch
 from conftest import ROOT
 from filelock import FileLock
-from test_press import chapter, make_project, mmsa_book, start
+from processes import start
+from test_press import chapter, make_project, mmsa_book
 from toy import ToyModel, toy_corpus
 
 from mmsa_lib import corpora, errors, metrics, runs, statistics

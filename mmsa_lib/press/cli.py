@@ -107,7 +107,8 @@ def gated(book: Book, profile: str, known: list, failed: set[str]):
     Instead of the first, None if a chapter has no good version yet.
     """
     from mmsa_lib.press.cards import Shown, Trace
-    from mmsa_lib.press.gates import Shelf, approve
+    from mmsa_lib.press.gates import approve
+    from mmsa_lib.press.shelf import Shelf
 
     shelf = Shelf((book.root / "results", book.build / "records"))
     bands = book.bands(profile)
@@ -175,7 +176,8 @@ def run(
     """
     from mmsa_lib.press.execute import execute
     from mmsa_lib.press.freshness import Product, State, key_of
-    from mmsa_lib.press.gates import Shelf, check_chapter
+    from mmsa_lib.press.gates import check_chapter
+    from mmsa_lib.press.shelf import Shelf
     from mmsa_lib.runs.record import place
 
     book = open_book(find_root())
@@ -383,21 +385,23 @@ def sweep(
     more. With --engine ray the tasks run on a Ray cluster, to which book and library
     travel; real data must lie on the nodes (MMSA_DATA).
     """
-    from mmsa_lib.press import sweep as sweeps
+    from mmsa_lib.press.collect import conclude
+    from mmsa_lib.press.planning import numbers, plan
+    from mmsa_lib.press.sweep import sweep as do
 
     book = open_book(find_root())
     out = (out or book.build / "runs" / "sweep").expanduser().resolve()
-    tasks = sweeps.plan(
+    tasks = plan(
         book,
         chapters or [],
         [name for name in corpora.split(",") if name],
-        sweeps.numbers(seeds),
+        numbers(seeds),
         profile,
         lambda chapter: _parameters(chapter, p or []),
         out / "tasks",
     )
     with _progress() as report:
-        rows = sweeps.sweep(
+        rows = do(
             book,
             tasks,
             jobs=jobs,
@@ -406,7 +410,7 @@ def sweep(
             ray_address=ray_address,
             report=report,
         )
-    summary = sweeps.conclude(rows, out, records and records.expanduser().resolve())
+    summary = conclude(rows, out, records and records.expanduser().resolve())
     table = _table("chapter", "corpus", "seed", "state", "seconds", "test")
     for line in summary.lines:
         table.add_row(*map(escape, line))

@@ -19,18 +19,22 @@ from mmsa_lib.errors import BookError
 from mmsa_lib.files import sha256_of
 
 PACKAGE = "mmsa_lib"
+NAMES = (ast.Name, ast.Attribute)
 _DYNAMIC = {"import_module", "__import__"}
+# what may name a module without an import statement: such sources are searched whole
+_UNUSUAL = re.compile(rf"import_module|__import__|[\"']{PACKAGE}\.")
 _NAMED = re.compile(rf"{PACKAGE}(\.\w+)+")
 
 
 def reach(root: Path, code: Iterable[ast.AST]) -> dict[str, str]:
     """Files of the library that `code` reaches, with their sha256.
 
+    code: every node of it, as `every_node` gives them.
     Keys are paths relative to `root`. Beside the modules, the data files in their
     folders count, because a module reads those without naming them in an import.
     """
     modules: dict[Path, None] = {}
-    pending = [p for node in code for p in _targets(root, node, package="")]
+    pending = list(dict.fromkeys(_targets_of(root, code, package="")))
     while pending:
         path = pending.pop()
         if path not in modules:
@@ -39,7 +43,23 @@ def reach(root: Path, code: Iterable[ast.AST]) -> dict[str, str]:
     files = set(modules)
     for folder in {path.parent for path in modules}:
         files |= set(_data_files(folder))
-    return {p.relative_to(root).as_posix(): sha256_of(p) for p in sorted(files)}
+    return {p.relative_to(root).as_posix(): hash_of(p) for p in sorted(files)}
+
+
+def every_node(code: Iterable[ast.AST]) -> list[ast.AST]:
+    """The nodes of some statements, those inside them included."""
+    return [node for statement in code for node in ast.walk(statement)]
+
+
+def hash_of(path: Path) -> str:
+    """sha256 of a file; one that has not been touched since is not read again."""
+    facts = path.stat()
+    return _hash_as_of(path, facts.st_mtime_ns, facts.st_size)
+
+
+@cache
+def _hash_as_of(path: Path, changed: int, size: int) -> str:
+    return sha256_of(path)
 
 
 @cache
@@ -51,13 +71,28 @@ def _imports_of(root: Path, path: Path, source: str) -> tuple[Path, ...]:
     except SyntaxError as error:
         where = path.relative_to(root).as_posix()
         raise BookError(f"{where}, line {error.lineno}: {error.msg}") from error
-    return tuple(_targets(root, tree, package))
+    nodes = ast.walk(tree) if _UNUSUAL.search(source) else _statements(tree)
+    return tuple(dict.fromkeys(_targets_of(root, nodes, package)))
 
 
-def _targets(root: Path, tree: ast.AST, package: str) -> Iterator[Path]:
-    """Module files that the imports in `tree` name; `package` resolves the dots."""
+def _statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """Statements at any depth, without the expressions in them: a tenth of the nodes.
+
+    Enough where no import is hidden in an expression.
+    """
+    pending = [tree]
+    while pending:
+        node = pending.pop()
+        yield node
+        for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+            inside = getattr(node, name, ())
+            pending += inside if isinstance(inside, list) else ()
+
+
+def _targets_of(root: Path, nodes: Iterable[ast.AST], package: str) -> Iterator[Path]:
+    """Module files that imports among `nodes` name; `package` resolves the dots."""
     called = set()
-    for node in ast.walk(tree):  # a call comes before the name that it calls
+    for node in nodes:  # a call comes before the name that it calls
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield from _module(root, alias.name)
@@ -79,7 +114,9 @@ def _targets(root: Path, tree: ast.AST, package: str) -> Iterator[Path]:
         ):
             called.add(node.func)
             yield from _dynamic(root, node.args[0], package)
-        elif name_of(node) in _DYNAMIC and node not in called:
+        elif (
+            isinstance(node, NAMES) and name_of(node) in _DYNAMIC and node not in called
+        ):
             yield from _everything(root, PACKAGE)
 
 
