@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent
+from typing import TypeGuard
 
 PACKAGE = Path(__file__).resolve().parent.parent
 MARK = "<!-- library reference -->"
