@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
+from mmsa_lib import statistics
 from mmsa_lib.errors import MmsaError
 
 PAPER, INK, QUIET = "#ffffff", "#1f2328", "#57606a"  # card, text, axes and references
@@ -225,9 +226,15 @@ def strip(
     groups: Mapping[str, Sequence[float]],
     *,
     lines: Mapping[str, float] | None = None,
+    look: Mapping[str, str] | None = None,
+    intervals: bool = False,
 ) -> None:
-    """One row a name, top to bottom: every seed a dot, the mean a vertical line."""
-    palette = colours(groups)
+    """One row a name, top to bottom: every seed a dot, the mean a vertical line.
+
+    look: a colour for each name, where there are more names than `colours` can tell
+    apart. intervals: also the 95 % interval of each mean, a thin horizontal line.
+    """
+    palette = look or colours(groups)
     for row, (name, values) in enumerate(groups.items()):
         x = _finite(name, values)
         # a fixed fan instead of random jitter: equal seeds stay visible and the
@@ -236,6 +243,9 @@ def strip(
         colour = palette[name]
         ax.scatter(x, row + fan, s=26, color=colour, edgecolors=ink(colour), zorder=3)
         ax.vlines(x.mean(), row - 0.34, row + 0.34, color=ink(colour), lw=2, zorder=4)
+        if intervals and len(x) > 1:
+            s = statistics.summarise(x)
+            ax.hlines(row, s.low, s.high, color=ink(colour), lw=1.2)
     ax.set_yticks(range(len(groups)), list(groups))
     for tick, name in zip(ax.get_yticklabels(), groups, strict=True):
         tick.set_color(ink(palette[name]))
