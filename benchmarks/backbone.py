@@ -6,7 +6,7 @@ computed and returned, every row of the last layer computed, no padding masks, t
 default dropout and Adam. Both run with the same dropout rates. Calls alternate; what is
 reported is CPU time of one thread.
 
-    python benchmarks/backbone.py            # all models; writes results/
+    python benchmarks/backbone.py            # all models; writes results/benchmarks/
     python benchmarks/backbone.py --models late --rounds 5 --dry
 """
 

@@ -9,7 +9,7 @@ backbone: joint training and the released way, which compares weights. Calls alt
 in one process; what is reported is CPU time of one thread, as a share of joint
 training on the same backbone in the same round.
 
-    python benchmarks/cggm.py             # writes results/
+    python benchmarks/cggm.py             # writes results/benchmarks/
     python benchmarks/cggm.py --rounds 5 --dry
 """
 

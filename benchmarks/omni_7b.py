@@ -1,13 +1,13 @@
 """The 7B Thinker at full size in NF4: memory, training steps, latency of both readouts.
 
 THE 7B HAS NOT BEEN MEASURED YET: no GPU was at hand when this was written. What is kept
-in results/ under the name omni-tiny comes from the same path with the tiny
+in results/benchmarks/ under the name omni-tiny comes from the same path with the tiny
 configuration on a CPU; it shows that the path runs and says nothing about the 7B.
 
 The weights are random, so nothing is downloaded: time and memory do not depend on their
 values. They are drawn and quantised one layer at a time, so that no more than a matrix
 is ever held in 16 bits. Adapters, head, readout and written answer are those of
-`mmsa_lib.methods.readout`. Clips are noise of a MOSI clip's size: four seconds of
+`mmsa_lib.methods`. Clips are noise of a MOSI clip's size: four seconds of
 sound, up to 16 frames, twenty words of the puppets. Calls alternate; medians count.
 
     python benchmarks/omni_7b.py                  # needs a GPU with 24 GB or more
@@ -35,7 +35,7 @@ from mmsa_lib import runs
 from mmsa_lib.corpora.clips import Media, puppet_clips
 from mmsa_lib.corpora.media import RATE, UNIT, MediaConfig, _standardisation, read_media
 from mmsa_lib.corpora.schema import Batch
-from mmsa_lib.methods import readout
+from mmsa_lib.methods import generative, readout
 from mmsa_lib.nets import omni
 from mmsa_lib.nets.ops import keep_4bit_format
 
@@ -150,15 +150,15 @@ class Bench:
         self.device = thinker.device
         self.reader = readout.discriminative(thinker, None, labels).to(self.device)
         # the twin shares backbone and adapters: nothing is held twice
-        self.writer = readout.Generative(thinker, None, labels).to(self.device)
+        self.writer = generative.Generative(thinker, None, labels).to(self.device)
         self.losses: dict[str, tuple[nn.Module, Callable[..., Tensor]]] = {
             "read": (self.reader, readout.standardised_loss(labels)),
-            "write": (self.writer, readout.token_loss),
+            "write": (self.writer, generative.token_loss),
         }
         trained = [p for p in self.reader.parameters() if p.requires_grad]
         self.trained = trained
         self.optimiser = torch.optim.AdamW(trained, 2e-4, fused=True)
-        answer = thinker.tokenizer(f"{readout.spell(1.6)}<|im_end|>")["input_ids"]
+        answer = thinker.tokenizer(f"{generative.spell(1.6)}<|im_end|>")["input_ids"]
         self.answer = len(answer)
 
     def checkpointing(self, on: bool) -> None:

@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 
 from mmsa_lib import corpora, runs
-from mmsa_lib.methods import readout
+from mmsa_lib.methods import generative, readout
 from mmsa_lib.nets import omni
 from mmsa_lib.training import TrainConfig, fit
 
@@ -43,10 +43,10 @@ CHANGES = {
 def train(kind: str, data, lr: float, seed: int, args, change):
     """A frozen reader or writer, chosen by its validation loss."""
     labels, config = data.train.labels["sentiment"], readout.ReadoutConfig(**change)
-    build = {"reader": readout.discriminative, "writer": readout.generative}[kind]
+    build = {"reader": readout.discriminative, "writer": generative.generative}[kind]
     loss = {
         "reader": readout.standardised_loss(labels),
-        "writer": readout.token_loss,
+        "writer": generative.token_loss,
     }[kind]
     groups = {"regressor": args.head_lr} if kind == "reader" else {}
     plan = TrainConfig(epochs=args.epochs, lr=lr, seed=seed, group_lr=groups, **PLAN)
@@ -56,7 +56,7 @@ def train(kind: str, data, lr: float, seed: int, args, change):
         return build(thinker, config, labels)
 
     frozen = fit(adapted, data, plan, loss=loss)
-    return frozen if kind == "reader" else readout.writing(frozen)
+    return frozen if kind == "reader" else generative.writing(frozen)
 
 
 def measure(kind: str, lr: float, data, args, what: str = "") -> dict:

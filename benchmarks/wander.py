@@ -8,7 +8,7 @@ exponent is fitted: time, memory and parameters against M, log against log. Call
 alternate over M and over both forms; what is reported is CPU time of one thread and
 the peak of live tensors.
 
-    python benchmarks/wander.py            # writes results/
+    python benchmarks/wander.py            # writes results/benchmarks/
     python benchmarks/wander.py --rounds 5 --dry
 """
 

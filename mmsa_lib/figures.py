@@ -12,12 +12,14 @@ import html
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 
 from mmsa_lib import statistics
 from mmsa_lib.errors import MmsaError
@@ -180,6 +182,22 @@ def references(ax: Axes, lines: Mapping[str, float], *, axis: str = "x") -> None
         )
 
 
+def label(
+    ax: Axes,
+    text: str,
+    at: tuple[float, float],
+    shift: tuple[float, float] = (7, 0),
+    colour: str = INK,
+    **kw,
+) -> None:
+    """Write beside what is named: `shift` points from a place in data coordinates.
+
+    The colour is darkened until it can be read; `kw` goes to ``Axes.annotate``.
+    """
+    kw = {"fontsize": 9, "color": ink(colour)} | kw
+    ax.annotate(text, at, xytext=shift, textcoords="offset points", **kw)
+
+
 def _names_at_the_end(ax: Axes, ends: Mapping[str, float], palette) -> None:
     """Write names right of the axes at their heights, pushed apart where too close."""
     if not ends:
@@ -254,6 +272,24 @@ def strip(
     ax.spines["left"].set_visible(False)
     ax.grid(axis="x", color=QUIET, alpha=0.15, linewidth=0.8)
     references(ax, lines or {}, axis="x")
+
+
+def intervals(
+    ax: Axes, rows: Mapping[str, Mapping[str, float]], *, names: bool = True
+) -> None:
+    """One row a name, top to bottom: a line from `low` to `high`, `estimate` a dot.
+
+    names: write them; False for all but the first of several axes side by side.
+    """
+    palette = colours(rows)
+    for i, (name, row) in enumerate(rows.items()):
+        x, low, high = _finite(name, [row[k] for k in ("estimate", "low", "high")])
+        ax.hlines(i, low, high, color=palette[name], lw=3)
+        ax.plot([x], [i], "o", color=INK)
+    ax.set_yticks(range(len(rows)), list(rows) if names else [""] * len(rows))
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    ax.margins(x=0.15)
+    ax.tick_params(axis="y", length=0)
 
 
 def curves(
@@ -349,6 +385,41 @@ def heatmap(
         spine.set_visible(False)
 
 
+def timeline(media, words, times, tracks: Mapping[str, tuple[str, np.ndarray]]):
+    """A clip on one time axis, as a figure: its words, voice and face, and tracks.
+
+    media: `corpora.clips.Media`, decoded with a few frames. words: (word, start, end)
+    in seconds. tracks: name -> (modality, values (T,) at `times` (T,)); a name stands
+    beside the peak of its track.
+    """
+    heights = [0.45, 0.9, 0.9, 0.9]
+    figure, axes = canvas(4, 1, height=3.6, sharex=True, height_ratios=heights)
+    hue = colours(["text", "audio", "vision"])
+    for word, start, end in words:
+        box = {"color": hue["text"], "alpha": 0.25, "ec": "none"}
+        axes[0].axvspan(start + 0.01, end - 0.01, **box)
+        middle = (start + end) / 2
+        axes[0].text(middle, 0.5, word, ha="center", va="center", fontsize=9)
+    heard = np.arange(len(media.audio))[::8] / media.rate
+    axes[1].plot(heard, media.audio[::8], lw=0.5, color=ink(hue["audio"], 3))
+    half = np.diff(media.frame_times).min() * 0.48
+    for at, frame in zip(media.frame_times, media.frames, strict=True):
+        axes[2].imshow(frame, extent=(at - half, at + half, 0, 1), aspect="auto")
+    axes[2].set_ylim(0, 1)
+    for k, (name, (modality, values)) in enumerate(tracks.items()):
+        axes[3].plot(times, values, color=ink(hue[modality], 3))
+        peak, side = times[values.argmax()], ("left", "right")[k % 2]
+        at = (peak + (0.25, -0.25)[k % 2], 0.75)
+        axes[3].annotate(name, at, ha=side, fontsize=9, color=ink(hue[modality]))
+    for ax, name in zip(axes, ("words", "voice", "face", "cues"), strict=True):
+        ax.set_yticks([])
+        ax.set_ylabel(name, rotation=0, ha="right", va="center")
+        ax.spines["left"].set_visible(False)
+    axes[3].set_xlim(-half, media.seconds + half)
+    axes[3].set_xlabel("seconds")
+    return figure
+
+
 # ---------------------------------------------------------------- onto the page
 
 _DENSE = 150_000  # bytes of SVG from which a PNG is the smaller picture
@@ -428,3 +499,35 @@ def _picture(figure: Figure) -> tuple[str, bytes]:
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=192, metadata={"Software": None})
         return "png", png.getvalue()
+
+
+# ---------------------------------------------------------------- films
+
+
+def player(film: Path, still: np.ndarray, *, label: str, words: str):
+    """A short mp4 as a video element that holds its bytes, so that it plays offline.
+
+    still: (H, W, 3) uint8, shown before it plays. label: its name for who cannot see
+    it. words: what happens in it, folded below.
+    """
+    from IPython.display import HTML
+
+    if len(words.split()) < 4:
+        raise FigureError(
+            f"film {film.name} is described by {words!r}; say in a sentence what is "
+            "seen and heard, for a reader who cannot see or hear it"
+        )
+    poster = io.BytesIO()
+    imsave(poster, still, format="png")
+    picture, content = (
+        base64.b64encode(x).decode() for x in (poster.getvalue(), film.read_bytes())
+    )
+    label = html.escape(label)
+    return HTML(
+        '<figure style="margin:1rem 0"><video controls playsinline preload="metadata" '
+        f'width="336" style="max-width:100%;height:auto" aria-label="{label}" '
+        f'poster="data:image/png;base64,{picture}">'
+        f'<source src="data:video/mp4;base64,{content}" type="video/mp4">'
+        f"{label}</video><details><summary>The clip in words</summary>"
+        f"<p>{html.escape(words)}</p></details></figure>"
+    )

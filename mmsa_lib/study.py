@@ -13,6 +13,7 @@ Plans, how long and at which rate, live in ``book/profiles/<profile>.yml``.
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 
@@ -287,7 +288,9 @@ class Study:
         Raises `UnknownNameError` where there is none.
         """
         found = runs.committed(self.chapter, corpus or self.corpus.name)
-        text = found[-1].code["chapter_sha256"]
+        # what a run on another corpus compared of this one is no run of its own
+        trained = [r for r in found if r.kind == "training"] or found
+        text = trained[-1].code["chapter_sha256"]
         return {r.name: r for r in found if r.code["chapter_sha256"] == text}
 
     def card(self):
@@ -312,3 +315,46 @@ def columns(task: Task) -> dict[str, str]:
     if task.metric not in keys:  # emotions: the means over them
         keys = ("wa_mean", "acc_mean", "f1_mean")
     return {_HEADS.get(k, metrics.describe(k).name): f"test.{k}" for k in keys}
+
+
+def quoted(record: RunRecord, **digits: int) -> dict[str, Number]:
+    """Numbers of a measurement for `runs.say` and captions, by their names in it.
+
+    digits: name -> decimals, so ``runs.say("{loss} points", **quoted(r, loss=2))``.
+    """
+    return {key: runs.value(record, key, digits=d) for key, d in digits.items()}
+
+
+def facts_table(head: Sequence[str], rows: Iterable[Sequence], caption: str):
+    """Words and marked numbers as an HTML table; the first cell of a row names it.
+
+    A column is aligned by what its cell in the first row holds: numbers to the right.
+    """
+    from IPython.display import HTML
+
+    def cell(x) -> str:
+        if hasattr(x, "_repr_html_"):
+            return f"<td>{x._repr_html_()}</td>"
+        style = "text-align:left;white-space:normal"
+        return f"<td style='{style}'>{html.escape(str(x))}</td>"
+
+    rows = list(rows)
+    if not rows or any(len(row) != len(head) for row in rows):
+        raise ConfigError(
+            f"a table of {len(head)} columns needs rows of as many cells, "
+            f"found {sorted({len(row) for row in rows})}"
+        )
+    sides = ["right" if hasattr(x, "_repr_html_") else "left" for x in rows[0]]
+    top = "".join(
+        f"<th scope='col' style='text-align:{side}'>{html.escape(h)}</th>"
+        for side, h in zip(sides, head, strict=True)
+    )
+    body = "".join(
+        f"<tr><th scope='row'>{html.escape(str(first))}</th>"
+        f"{''.join(map(cell, rest))}</tr>"
+        for first, *rest in rows
+    )
+    return HTML(
+        f'<div class="rec-table"><table><caption>{html.escape(caption)}</caption>'
+        f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+    )

@@ -52,7 +52,7 @@ from mmsa_lib.corpora.media import (
 )
 from mmsa_lib.corpora.puppets import Scripts
 from mmsa_lib.corpora.schema import Batch
-from mmsa_lib.methods.readout import parse_score, spell
+from mmsa_lib.methods.generative import parse_score, spell
 from mmsa_lib.nets import omni
 from mmsa_lib.nets.omni import Thinker
 

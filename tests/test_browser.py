@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from test_press import HEADER, cell, start
+from processes import start
+from test_press import HEADER, cell
 
 from mmsa_lib.press.chapters import open_book
 from mmsa_lib.press.cli import gated

@@ -512,6 +512,13 @@ def test_check_passes_all_puppets(shipped):
     assert len(good) == len(shipped[::8]) and not problems
 
 
+@pytest.mark.parametrize("name", ["-a.mp4", "a:b.mp4", "http:a.mp4", "file:a.mp4"])
+def test_a_name_is_never_a_protocol(shipped, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(shipped[0].path, f"./{name}")
+    assert decode(name, frames=2).seconds == decode(shipped[0].path).seconds
+
+
 def test_module_needs_no_torch():
     code = (
         "import sys; from mmsa_lib.corpora import clips; "

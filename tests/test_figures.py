@@ -19,7 +19,8 @@ from matplotlib.colors import to_hex, to_rgb
 from myst_nb.docutils_ import Parser
 from PIL import Image
 
-from mmsa_lib import figures, runs
+from mmsa_lib import figures, runs, statistics
+from mmsa_lib.corpora import clips
 from mmsa_lib.figures import FigureError
 
 WORDS = {
@@ -286,6 +287,19 @@ def test_strip_draws_every_seed_and_the_mean():
     assert [line.get_xdata()[0] for line in ax.lines] == [0.80, 0.84]
 
 
+def test_strip_with_colours_of_ones_own_and_intervals():
+    """Twelve names are more than there are colours; one seed has no interval."""
+    groups = {f"method {i}": [0.1 * i, 0.2 * i] for i in range(1, 12)} | {"one": [2.0]}
+    look = dict.fromkeys(groups, figures.OKABE_ITO["blue"])
+    _, ax = figures.canvas()
+    figures.strip(ax, groups, look=look, intervals=True)
+    s = statistics.summarise([0.1, 0.2])
+    bars = [c.get_segments()[0] for c in ax.collections if hasattr(c, "get_segments")]
+    bars = [bar for bar in bars if bar[0][1] == bar[1][1]]  # horizontal
+    assert len(bars) == 11
+    np.testing.assert_allclose(bars[0][:, 0], [s.low, s.high])
+
+
 def test_curves_draw_every_seed_and_a_mean_to_the_shortest():
     _, ax = figures.canvas()
     figures.curves(ax, {"text": [[3, 2, 1], [5, 4]]}, steps=[10, 20, 30])
@@ -344,3 +358,31 @@ def test_missing_seeds_are_not_dropped_silently(bad):
     ):
         with pytest.raises(FigureError, match="'late' has"):
             draw()
+
+
+def test_a_film_is_embedded_with_words_for_it(tmp_path):
+    film = tmp_path / "clip.mp4"
+    film.write_bytes(b"frames")
+    still = np.zeros((4, 6, 3), dtype=np.uint8)
+    words = "A face smiles and is still again."
+    page = figures.player(film, still, label='Clip "A"', words=words).data
+    assert base64.b64encode(b"frames").decode() in page
+    assert "&quot;A&quot;" in page and words in page
+    picture = re.search(r"image/png;base64,([^\"]+)", page)[1]
+    assert Image.open(io.BytesIO(base64.b64decode(picture))).size == (6, 4)
+    with pytest.raises(FigureError, match="in a sentence"):
+        figures.player(film, still, label="Clip", words="A face.")
+
+
+def test_a_clip_lies_on_one_time_axis():
+    frames = np.zeros((3, 4, 4, 3), dtype=np.uint8)
+    voice = np.zeros(80, dtype=np.float32)
+    media = clips.Media(frames, np.array([0.0, 0.5, 1.0]), voice, 80, 1.0)
+    times, bump = np.linspace(0, 1, 5), np.array([0, 0, 1, 0, 0.0])
+    tracks = {"smile": ("vision", bump), "lift": ("audio", bump)}
+    axes = figures.timeline(media, [("fine", 0.2, 0.6)], times, tracks).axes
+    assert [ax.get_ylabel() for ax in axes] == ["words", "voice", "face", "cues"]
+    assert [t.get_text() for t in axes[0].texts] == ["fine"]
+    assert len(axes[2].images) == 3
+    beside = [t.xyann[0] for t in axes[3].texts]
+    assert beside[1] < 0.5 < beside[0]  # on either side of the peak

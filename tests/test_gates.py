@@ -2,18 +2,22 @@
 
 import json
 import re
-import shutil
+from dataclasses import replace
 
 import pytest
+import yaml
 from conftest import ROOT
-from test_press import cell, chapter, make_project, mmsa_book
+from test_press import add_library, cell, chapter, make_project, mmsa_book
 
 from mmsa_lib import runs
 from mmsa_lib.errors import BookError, UnknownNameError
 from mmsa_lib.press import cards
 from mmsa_lib.press.chapters import open_book
 from mmsa_lib.press.freshness import closure_hash, moved_on, states
-from mmsa_lib.press.gates import Shelf, _check_prose, check_chapter, check_pages
+from mmsa_lib.press.gates import check_chapter
+from mmsa_lib.press.pages import check_pages
+from mmsa_lib.press.prose import EXTENSIONS, check_prose
+from mmsa_lib.press.shelf import Shelf
 
 RECORD = runs.seal(
     runs.RunRecord(
@@ -182,6 +186,42 @@ def test_what_a_page_may_show(gate):
     assert found.numbers == 0
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        # a nested mark ends with its own tag, and only there
+        ("<p><b>0.<i>5</i></b></p>", "shows 0"),
+        ("<div class='given' title='x'><div>1</div>2</div> 3", "shows 3 in '3'"),
+        ("<table><tr><th>rank 8<td>7</table>", "shows 7"),
+        ("<p>it is &#48;&period;5</p>", "shows 0.5"),
+        ("<p>it is <!-- > --> 0.5</p>", "shows 0.5"),
+        ("<template>0.5</template><style>p {top: 0.5em}</style><p>1</p>", "shows 1 in"),
+        ("<img src='x > y.png' alt=''>words", "without alt text"),
+        ("<p title='<img alt=1>'>nan</p>", "shows nan"),
+    ],
+)
+def test_html_is_read_as_a_browser_reads_it(gate, content, problem):
+    assert problem in gate(shown(content)).problems[0]
+    hidden = "<!-- 0.5 nan --><script>0.5</script><svg><text>0.5</text></svg>"
+    assert not gate(shown(hidden + "<p title='0.5 > 0.4'>words</p>")).problems
+
+
+def test_marks_in_any_spelling(gate):
+    data = runs.say("{m}", m=NUMBER).data
+    value, record = re.search(r'value="[^"]*"', data)[0], f'"{RECORD.id[:12]}"'
+    assert f'class="rec" {value} data-record={record}' in data
+    for spelled in (
+        data.replace(f'class="rec" {value}', f"{value}\n class='small rec'"),
+        data.replace(">0.850<", ">&#48;.850<"),
+        data.replace(">0.850<", "><span><b>0</b>.8</span>50<!-- x --><"),
+        data.replace("<data", "<DATA").replace("</data", "</DATA"),
+    ):
+        assert spelled != data
+        found = gate(shown(spelled))
+        assert (found.problems, found.numbers) == ([], 1)
+        assert found.records == {RECORD.id[:12]}
+
+
 # ---------------------------------------------------------------- numbers
 
 
@@ -223,7 +263,7 @@ def test_an_edited_record_or_verdict_or_card(gate, tmp_path):
     assert "rows.0.verdict of record" in only(gate(shown(said)))
     card = runs.run_card([RECORD]).data.replace("500 MiB", "400 MiB")
     assert "its records say" in only(gate(shown(card)))
-    (path,) = (tmp_path / "results").glob("late-fusion-*.json")
+    (path,) = (tmp_path / "results/a").glob("late-fusion-*.json")
     path.write_text(path.read_text().replace("0.8", "0.7"))
     right = runs.say("{m}", m=NUMBER).data
     assert "edited or damaged" in only(gate(shown(right)))
@@ -336,11 +376,33 @@ def test_bands_of_a_profile(tmp_path):
         ("```{exercise-start}\n```\n55 % negative\n```{exercise-end}\n```", ""),
         ("```{exercise-start}\n```\nMAE 0.5\n```{exercise-end}\n```\n60 %", "0.5 60 %"),
         (f"{cell('x = 0.5  # 12 %')}<!-- 0.5 -->", ""),
+        # code and prose in places where lines alone do not tell
+        ("- ```python\n  x = 0.5\n  ```\n\n  then 0.6", "0.6"),
+        ("- a\n  - b\n\n    ```\n    0.5\n    ```\n\n    0.6", "0.6"),
+        ("1. ~~~\n   0.5\n   ```\n   0.5\n   ~~~\n2. 0.6", "0.6"),
+        ("~~~~\n0.5\n~~~\n0.5\n~~~~\n\n0.6", "0.6"),
+        ("```\n0.5\n    ```\n0.5\n```\n0.6", "0.6"),
+        ("words\n\n    x = 0.5\n\n0.6", "0.6"),
+        ("> ```\n> 0.5\n> ```\n> 0.6", "0.6"),
+        ("- ```\n  0.5\n\n0.6", "0.6"),
+        ("````{note}\n```\n0.5\n```\n0.6\n````", "0.6"),
+        (":::{note}\n:class: x-0.5\n\n```{tip}\n0.6\n```\n:::", "0.6"),
+        ("```{note}\n---\nclass: 0.5\n---\n0.6\n```", "0.6"),
+        ("a ` here, 0.6 there\n\nand ` again", "0.6"),
+        ("a \\`0.6\\` and `` ` 0.5 ``", "0.6"),
+        ("| a |\n|---|\n| `0.5` 0.6 |", "0.6"),
+        ("words[^a]\n\n[^a]: it was 0.6", "0.6"),
+        ("![a curve at 0.6](x-0.5.png 'title 0.5')", "0.6"),
+        ('<div title="0.5 > 0.4">0.6</div>', "0.6"),
+        ("<!--\n\n0.5\n\n-->\n\n0.6", "0.6"),
+        ("% a remark of 0.5\n\n(label-0.5)=\n\n0.6", "0.6"),
+        ('[about [0.5]{.x}]{.small .given source="X"} 0.6', "0.6"),
+        ("a 95 %\nconfidence interval", ""),
     ],
 )
 def test_numbers_typed_by_hand(gate, prose, typed):
     text = chapter("A", "x = 0.5") + prose
-    found = list(_check_prose(text))
+    found = list(check_prose(text))
     if typed == "source":
         assert [p.endswith('{.given source="where from"}') for _, p in found] == [True]
     else:
@@ -349,6 +411,28 @@ def test_numbers_typed_by_hand(gate, prose, typed):
         assert (
             problem.partition(" is typed")[0].split()[0] in text.splitlines()[line - 1]
         )
+
+
+def test_what_markdown_joins_is_one_number():
+    def typed(text):
+        return [(n, p.partition(" is typed")[0]) for n, p in check_prose(text)]
+
+    assert typed("It reaches **0**.88.") == [(1, "0.88")]
+    assert typed("It reaches 0\\.88, 0&#46;88 and 5 &percnt;.") == [
+        *((1, "0.88"), (1, "0.88"), (1, "5 %")),
+    ]
+    assert typed("55\nper cent") == [(1, "55 per cent")]
+    # the line is right below whatever spans several
+    spans = "a `b\nc` $d\ne$ [f\ng](h\n'i') <b\nid='j'>k</b>\\\nl {term}`m\nn`"
+    assert typed(f"# T\n\n> {spans} 0.5\n\n0.6") == [(10, "0.5"), (12, "0.6")]
+    assert typed("````{note}\n:class: x\n\n- ```{tip} T\n\n  0.5\n  ```\n````") == [
+        (6, "0.5")
+    ]
+
+
+def test_prose_is_read_with_the_extensions_of_the_book():
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    assert set(config["parse"]["myst_enable_extensions"]) == EXTENSIONS
 
 
 def test_a_typed_number_is_named_with_its_line(gate):
@@ -390,6 +474,9 @@ def pages(tmp_path):
         ("<a href='index.html#gone'>x</a>", "book/index.html has no anchor"),
         ("<script src='../_static/gone.js'></script>", "gone.js leads nowhere"),
         ("<a href='../'>x</a>", "leads nowhere"),
+        ("<A class=x HREF = gone.html>x</A>", "link gone.html leads nowhere"),
+        ("<a title='>' href='index.html#a&amp;b'>x</a>", "book/index.html has no"),
+        ("<img alt='' title='alt=\"A curve\"' src='data:x'>", "without alt text"),
     ],
 )
 def test_a_page_with_a_fault_is_named(pages, page, problem):
@@ -404,11 +491,15 @@ def test_a_page_without_faults(pages):
         "<a href='#s'>x</a><a href='index.html#top-of-it'>x</a>"
         "<a href='./index.html?q=1#old'>x</a><a href='https://x.org/#no'>x</a>"
         "<a href='mailto:a@b'>x</a>"
+        "<!-- <a href='gone.html'> --><script>'<img src=\"x\">'</script>"
     )
 
 
 def test_as_many_pages_as_the_table_of_contents_names(pages, tmp_path):
-    assert pages("") == ["book/a.html was not rendered, or has no title"]
+    missing = ["book/a.html was not rendered, or has no title"]
+    assert pages("") == missing
+    (tmp_path / "made/book/a.html").write_text("<!-- <h1>A</h1> -->")
+    assert pages("") == missing
     (tmp_path / "made/book/b.html").write_text("<h1>B</h1>")
     assert pages("x") == ["pages that _toc.yml does not name: book/b"]
 
@@ -430,7 +521,7 @@ def test_numbers_lead_to_their_records_and_pages_are_generated(tmp_path):
     (root / "_toc.yml").write_text(toc)
     runs.save(RECORD, root / "_build/records")
     real = {"name": "mosi", "synthetic": False, "sha256": "y"}
-    kept = runs.seal(runs.replace(RECORD, corpus=real, id="", created="2025-05-06"))
+    kept = runs.seal(replace(RECORD, corpus=real, id="", created="2025-05-06"))
     runs.save(kept, root / "results")
     book, short = open_book(root), RECORD.id[:12]
     outputs = [
@@ -494,11 +585,11 @@ def test_numbers_lead_to_their_records_and_pages_are_generated(tmp_path):
     (state,) = states(book, "quick")
     now = {"closure_sha256": closure_hash(state.key)}
     assert moved(kept)
-    assert not moved(runs.replace(kept, code=now))
-    assert moved(runs.replace(kept, code=now, chapter="b"))
-    assert moved(runs.replace(kept, code=now, chapter=None))
+    assert not moved(replace(kept, code=now))
+    assert moved(replace(kept, code=now, chapter="b"))
+    assert moved(replace(kept, code=now, chapter=None))
     now = {"closure_sha256": runs.package_sha256(root)}
-    assert not moved(runs.replace(kept, code=now, chapter=None))
+    assert not moved(replace(kept, code=now, chapter=None))
 
 
 def test_records_are_checked(tmp_path, capsys, monkeypatch):
@@ -510,22 +601,24 @@ def test_records_are_checked(tmp_path, capsys, monkeypatch):
     assert f"1 the code has moved on since:\n  {path.stem}" in text
     assert "1 records match their content addresses" in text
     dirty = {"dirty": True, "closure_sha256": closure_hash(states_of(root)[0].key)}
-    runs.save(runs.seal(runs.replace(RECORD, code=dirty, id="")), root / "results")
-    gone = runs.replace(RECORD, chapter="gone", id="")
+    runs.save(runs.seal(replace(RECORD, code=dirty, id="")), root / "results")
+    gone = replace(RECORD, chapter="gone", id="")
     runs.save(runs.seal(gone), root / "_build/records")
     code, text = mmsa_book(capsys, "records", "check")
     assert code == 0
     assert "1 made with local changes" in text
     assert "1 of a chapter that is not there" in text
 
-    path.rename(root / "results/other-000000000000.json")
-    edited = next((root / "_build/records").iterdir())
+    path.rename(root / "results/a/other-000000000000.json")
+    edited = next((root / "_build/records/gone").iterdir())
     edited.write_text(edited.read_text().replace("0.8", "0.7"))
     code, text = mmsa_book(capsys, "records", "check")
     assert code == 1
     assert "2 of 3 records are damaged" in text
-    assert f"_build/records: {edited.name} does not match its content address" in text
-    assert f"other-000000000000.json is the record {path.stem}" in text
+    assert (
+        f"_build/records/gone: {edited.name} does not match its content address" in text
+    )
+    assert f"other-000000000000.json is the record a/{path.name}; move it back" in text
 
 
 def states_of(root):
@@ -546,11 +639,7 @@ runs.say("The floor is {m}.", m=runs.value(made, "mae", digits=2))
     root = make_project(
         tmp_path, {"a": good, "b": chapter("B", "'words'"), **PLACEHOLDERS}
     )
-    shutil.rmtree(root / "mmsa_lib")
-    for name in ("runs", "errors", "__init__"):
-        target = root / f"mmsa_lib/{name}.py"
-        target.parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / f"mmsa_lib/{name}.py", target)
+    add_library(root)
     monkeypatch.chdir(root)
     quick = root / "book/profiles/quick.yml"
     quick.write_text("bands: {a: {floor: {rows.0.mae: [0.2, 0.3]}}}\n")

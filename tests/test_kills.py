@@ -15,16 +15,19 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 from conftest import ROOT
-from test_press import _wait_until as wait_until
-from test_press import chapter, make_project, start
+from processes import family, finish, start, wait_until
+from test_press import add_library, chapter, make_project
 
 from mmsa_lib import runs
 from mmsa_lib.press import render as rendering
 from mmsa_lib.press.cards import Trace
 from mmsa_lib.press.chapters import open_book
 from mmsa_lib.press.freshness import states
-from mmsa_lib.press.gates import Shelf
+from mmsa_lib.press.shelf import Shelf
+
+pytestmark = pytest.mark.usefixtures("no_orphans")
 
 KILLS = 20
 SEED = 7
@@ -86,8 +89,7 @@ def make_book(root: Path) -> Path:
         for name, value in (("one", 14), ("two", 21))
     }
     make_project(root, text)
-    for name in ("errors.py", "runs.py"):
-        shutil.copy(ROOT / "mmsa_lib" / name, root / "mmsa_lib")
+    add_library(root)
     toy = root / "toys/jupyter_book/cli/main.py"
     toy.parent.mkdir(parents=True)
     toy.write_text(TOY_JUPYTER_BOOK)
@@ -119,7 +121,7 @@ def content(root: Path) -> dict[str, str]:
             if path.is_file():
                 text = path.read_text(encoding="utf-8")
                 found[path.relative_to(root).as_posix()] = text
-    for path in (root / "_build/records").glob("*.json"):
+    for path in (root / "_build/records").rglob("*.json"):
         name, _, short = path.stem.rpartition("-")
         found = {k: v.replace(short, name) for k, v in found.items()}
     for name in (n for n in found if n.endswith(".key.json")):
@@ -129,28 +131,9 @@ def content(root: Path) -> dict[str, str]:
     return found
 
 
-def family(root: Path) -> list[psutil.Process]:
-    """Living processes that work in a book or on it."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.status() == psutil.STATUS_ZOMBIE:
-                continue
-            if str(root) in " ".join((process.cwd(), *process.cmdline())):
-                found.append(process)
-        except psutil.Error:
-            pass
-    return found
-
-
 def left(root: Path) -> set[str]:
     """What lies in _build."""
     return {p.name for p in (root / "_build").iterdir()}
-
-
-def finish(process: subprocess.Popen) -> tuple[int, str]:
-    printed = process.communicate(timeout=120)[0]
-    return process.returncode, printed
 
 
 def test_twenty_kills_leave_the_book_as_if_undisturbed(tmp_path):
@@ -178,7 +161,7 @@ def test_twenty_kills_leave_the_book_as_if_undisturbed(tmp_path):
         # it was done before its kill came: a whole book, and the next starts anew
         assert code == 0, printed
         assert content(root) == expected
-        wait_until(lambda: not family(root), 20)
+        wait_until(lambda: not family(root))
         shutil.rmtree(root / "_build")
     code, printed = finish(build(root))
     assert code == 0, printed
@@ -186,7 +169,7 @@ def test_twenty_kills_leave_the_book_as_if_undisturbed(tmp_path):
     assert left(root) == usual
     assert not list((root / "_build").rglob("*.tmp"))
     assert len(places) > 3  # the kills came at different stages
-    wait_until(lambda: not family(root), 20)
+    wait_until(lambda: not family(root))
     # every record is whole, also those of chapters that were killed after writing
     records = {f"{r.name}-{r.id[:12]}" for r in runs.load_all(root / "_build/records")}
     for state in states(open_book(root), "quick"):
@@ -300,9 +283,8 @@ def test_a_killed_jupyter_book_leaves_the_last_book_and_no_orphan(tmp_path):
     page, html = root / "book/index.md", root / "_build/html"
 
     def whole() -> None:
-        with start(root, "build") as process:
-            printed = process.stdout.read()
-        assert process.returncode == 0, printed
+        code, printed = finish(start(root, "build"))
+        assert code == 0, printed
 
     def files() -> dict[str, bytes]:
         return {str(p): p.read_bytes() for p in html.rglob("*") if p.is_file()}
@@ -313,7 +295,7 @@ def test_a_killed_jupyter_book_leaves_the_last_book_and_no_orphan(tmp_path):
     page.write_text("# Tiny\n\nAnother book.\n")
     process = start(root, "build")
     while not (root / "_build/rendering").exists():
-        assert process.poll() is None
+        assert process.poll() is None, process.stdout.read()
         time.sleep(0.005)
     (at_work,) = psutil.Process(process.pid).children()
     at_work.suspend()  # else it might be done before its parent is gone
@@ -321,9 +303,8 @@ def test_a_killed_jupyter_book_leaves_the_last_book_and_no_orphan(tmp_path):
     assert not last.exists()
     process.kill()  # the parent only
     process.wait()
-    process.stdout.close()
     at_work.resume()
-    wait_until(lambda: not family(root), 10)
+    wait_until(lambda: not family(root))
     assert not last.exists()  # cut short: it did not come to its own end
     assert files() == first
     whole()

@@ -31,7 +31,7 @@ LAYERS = [
     ("runs",),
     ("figures",),
     ("study",),
-    ("predict",),
+    ("predict", "clip_training"),
     ("cli",),
 ]
 PRESS_MAY = {"errors", "files", "press", "runs"}
@@ -111,12 +111,12 @@ def test_layers_import_only_to_their_left():
         for name in layer:
             allowed[name] = left | set(layer)
         left |= set(layer)
+    allowed["cli"] |= {"press"}  # the program has commands of both
     seen = set()
     for path in sorted((ROOT / "mmsa_lib").rglob("*.py")):
         layer = path.relative_to(ROOT / "mmsa_lib").with_suffix("").parts[0]
         if layer == "__init__":
-            # `predict`, when it is asked for; else nothing
-            assert imports_of(path) == {"methods"}, "mmsa_lib/__init__.py"
+            assert not imports_of(path), "mmsa_lib/__init__.py"
             continue
         assert layer in allowed, f"{path.name}: give this module a layer"
         wrong = imports_of(path) - allowed[layer]

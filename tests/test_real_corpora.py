@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import command
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
 from mmsa_lib import corpora
 from mmsa_lib.corpora import mosei_video, mosi_text_audio, store
-from mmsa_lib.corpora.__main__ import main
 from mmsa_lib.corpora.schema import Receipt
 from mmsa_lib.errors import (
     CorpusError,
@@ -114,13 +114,13 @@ def test_terms_come_before_any_download(tmp_path, capsys):
         corpora.prepare(
             "mosi-text-audio", tmp_path, base_url="http://127.0.0.1:9/nobody"
         )
-    assert main(["get", "mosi-text-audio", "--data-dir", str(tmp_path)]) == 1
+    assert command("data", "get", "mosi-text-audio", "--data-dir", tmp_path) == 1
     assert "nothing was downloaded" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-    assert main(["list"]) == 0
+    assert command("data", "list") == 0
     listed = capsys.readouterr().out
     assert all(f"{name} " in listed for name in corpora.names())
-    assert main(["get", "lesions"]) == 0
+    assert command("data", "get", "lesions") == 0
     assert "lesions is generated when it is loaded" in capsys.readouterr().out
 
 
@@ -198,8 +198,8 @@ def test_mosi_is_built_once_and_found_again(
     asked = len(mosi_server.asked)
     features = str(mosi_dir / "mosi_text_audio.npz")
     monkeypatch.setenv("MMSA_MOSI_URL", mosi_server.url)
-    command = ["get", "mosi-text-audio", "--accept-terms", "--data-dir", str(data)]
-    assert main([*command, "-p", "text_features", features]) == 0
+    get = ["data", "get", "mosi-text-audio", "--accept-terms", "--data-dir", data]
+    assert command(*get, "-p", "text_features", features) == 0
     assert "mosi-text-audio is in" in capsys.readouterr().out
     assert len(mosi_server.asked) == asked == 6
     again = corpora.load("mosi-text-audio", data, text_features=features)
@@ -410,10 +410,10 @@ def test_mosei_ridge_gives_the_measured_error(mosei):
 
 
 def test_mosei_is_copied_to_where_load_looks(mosei, mosei_file, tmp_path, capsys):
-    command = ["get", "mosei-video", "--data-dir", str(tmp_path)]
-    assert main(command) == 1
+    get = ["data", "get", "mosei-video", "--data-dir", tmp_path]
+    assert command(*get) == 1
     assert "no public download" in capsys.readouterr().err
-    assert main([*command, "-p", "path", str(mosei_file)]) == 0
+    assert command(*get, "-p", "path", mosei_file) == 0
     assert corpora.load("mosei-video", tmp_path).fingerprint == mosei.fingerprint
     assert [p.name for p in tmp_path.iterdir()] == [mosei_video.FILE]
 
@@ -441,3 +441,13 @@ def test_mosei_files_of_another_shape_are_refused(tmp_path, change, message):
     np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
     with pytest.raises(CorpusError, match=message):
         corpora.load("mosei-video", tmp_path)
+
+
+def test_the_leaking_text_is_read_for_the_audit_only(mosi_dir):
+    ids, vectors, trained = mosi_text_audio.leaking_text(mosi_dir / "sources")
+    segments = mosi_text_audio.read_segments(mosi_dir / "sources")
+    assert sorted(ids) == sorted(segments.ids)
+    assert vectors.shape == (2199, 100) and vectors.dtype == np.float32
+    assert trained.sum() == 1447
+    video = np.array([i.rsplit("_", 1)[0] for i in ids])
+    assert not set(video[trained]) & set(video[~trained])

@@ -12,9 +12,9 @@ from conftest import ROOT
 import mmsa_lib
 from mmsa_lib.press.cards import Trace
 from mmsa_lib.press.chapters import open_book
-from mmsa_lib.press.gates import Shelf
 from mmsa_lib.press.reference import MARK, PACKAGE, markdown, read, reference
 from mmsa_lib.press.render import _inputs
+from mmsa_lib.press.shelf import Shelf
 
 MODULES = [
     m.name

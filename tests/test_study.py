@@ -1,6 +1,7 @@
 """What chapters repeat: plans, arms, comparisons, tables, committed runs."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from toy import ToyModel, toy_corpus
 from mmsa_lib import runs, study, tasks
 from mmsa_lib.errors import ConfigError, UnknownNameError
 from mmsa_lib.methods.baselines import constants
-from mmsa_lib.study import Study, columns, plan_of
+from mmsa_lib.study import Study, columns, facts_table, plan_of, quoted
 from mmsa_lib.training import Rule
 
 CORPUS = toy_corpus()
@@ -135,10 +136,11 @@ def test_committed_runs_are_of_one_text(book, monkeypatch):
     page = started(seeds=[0])
     monkeypatch.setenv("MMSA_CHAPTER", "toys")
     monkeypatch.setenv("MMSA_RECORDS", str(book / "results"))
-    monkeypatch.setattr(runs, "ROOT", book)
-    for text in ("old", "new"):
+    monkeypatch.setattr(runs.record, "ROOT", book)
+    for year, text in enumerate(("old", "new"), start=2030):
         monkeypatch.setenv("MMSA_CHAPTER_SHA", text)
-        page.pick(f"floor-{text}", constants(CORPUS))
+        made = page.pick(f"floor-{text}", constants(CORPUS))
+        runs.save(runs.seal(replace(made, id="", created=f"{year}-01-01")))
     found = page.committed()
     assert set(found) == {"floor-new"}
     with pytest.raises(UnknownNameError, match="toys on mosi"):
@@ -150,3 +152,16 @@ def test_columns_of_every_task():
     assert columns(tasks.classes("class", 3))["Acc"] == "test.acc"
     assert columns(tasks.pixels())["Dice"] == "test.dice_mean"
     assert "test.wa_mean" in columns(tasks.emotions()).values()
+
+
+def test_measurements_are_quoted_in_sentences_and_tables():
+    record = started(seeds=[0]).measure("found", CORPUS, loss=0.254, size=40)
+    numbers = quoted(record, loss=2, size=0)
+    assert {k: str(v) for k, v in numbers.items()} == {"loss": "0.25", "size": "40"}
+    rows = [("train", "a < b", numbers["loss"]), ("test", "plain", numbers["size"])]
+    shown = facts_table(("split", "what", "value"), rows, "What is there.").data
+    assert shown.count("<tr>") == 3 and "a &lt; b" in shown
+    assert 'data-path="field(rows.0.loss)"' in shown
+    for wrong in ([], [("train", "too few")]):
+        with pytest.raises(ConfigError, match="3 columns"):
+            facts_table(("split", "what", "value"), wrong, "Nothing.")

@@ -1,23 +1,26 @@
 """Sweeps: planned before they start, resumed, retried once, merged over seeds."""
 
 import json
+import os
 import re
-import shutil
 import signal
+import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT
-from test_press import _wait_until as wait_until
-from test_press import chapter, make_project, mmsa_book, start
+from processes import computes, finish, start, wait_until
+from test_press import add_library, chapter, make_project, mmsa_book
 
 from mmsa_lib import runs
 from mmsa_lib.errors import BookError, UnknownNameError
-from mmsa_lib.press import sweep as sweeps
+from mmsa_lib.press import engines, planning
 from mmsa_lib.press.chapters import open_book
+from mmsa_lib.press.collect import merge_seeds
+from mmsa_lib.press.sweep import sweep
+
+pytestmark = pytest.mark.usefixtures("no_orphans")
 
 CORPORA = """
 def names():
@@ -31,6 +34,7 @@ from pathlib import Path
 
 import mmsa_lib
 from mmsa_lib import runs
+from mmsa_lib.runs.record import new
 
 flags, name = Path(flags_dir), f"{corpus}-{seeds[0]}"
 with (flags / "log").open("a") as log:
@@ -39,7 +43,7 @@ if corpus == "lost" and not (flags / "found").exists():
     raise FileNotFoundError("mmsa-book data get lost")
 once = flags / f"once-{name}"
 began = time.time()
-_ = runs.save(runs._new("begun", "measurement"))  # of an attempt that may fail
+_ = runs.save(new("begun", "measurement"))  # of an attempt that may fail
 if once.exists():
     once.unlink()
     raise ValueError("a bad moment")
@@ -59,7 +63,7 @@ for kind, offset in (("late", 0.0), ("early", 0.5)):
         }
         for seed in seeds
     ]
-    record = runs._new(
+    record = new(
         kind,
         "training",
         parameters={"scale": scale},
@@ -78,8 +82,7 @@ def make_book(root: Path, chapters: dict[str, str] | None = None) -> Path:
     toy = chapter("Toy", TRAIN, parameters=PARAMETERS)
     plain = chapter("Plain", "print(1)")
     make_project(root, chapters or {"toy": toy, "plain": plain})
-    for name in ("errors.py", "runs.py"):
-        shutil.copy(ROOT / "mmsa_lib" / name, root / "mmsa_lib")
+    add_library(root)
     (root / "mmsa_lib/corpora").mkdir()
     (root / "mmsa_lib/corpora/__init__.py").write_text(CORPORA)
     (root / "flags").mkdir()
@@ -89,7 +92,7 @@ def make_book(root: Path, chapters: dict[str, str] | None = None) -> Path:
 
 def plan(root: Path, chapters=("toy",), corpora=(), seeds=(), **given):
     given = {"flags_dir": str(root / "flags")} | given
-    return sweeps.plan(
+    return planning.plan(
         open_book(root),
         chapters,
         corpora,
@@ -98,6 +101,11 @@ def plan(root: Path, chapters=("toy",), corpora=(), seeds=(), **given):
         lambda chapter: chapter.check(given if chapter.name == "toy" else {}),
         root / "_build/runs/sweep/tasks",
     )
+
+
+def edit_library(root: Path) -> None:
+    with (root / "mmsa_lib/errors.py").open("a") as file:
+        file.write("# edited\n")
 
 
 def executed(root: Path) -> list[str]:
@@ -152,7 +160,7 @@ def test_tasks_are_chapters_times_seeds_times_corpora(tmp_path):
     assert [t.label for t in plan(root, ["plain"])] == ["plain"]
     # another key, another folder: nothing stale is taken for done
     (before,) = plan(root, seeds=[0])
-    (root / "mmsa_lib/runs.py").write_text("# edited\n")
+    edit_library(root)
     (after,) = plan(root, seeds=[0])
     assert before.folder != after.folder
 
@@ -166,7 +174,7 @@ def test_a_sweep_retries_reports_merges_and_resumes(tmp_path, capsys, monkeypatc
     flags = root / "flags"
     (flags / "once-a-0").touch()
 
-    def sweep(corpora, seeds, *more):
+    def command(corpora, seeds, *more):
         words = ["sweep", "toy", "--profile", "quick", "--corpora", corpora]
         words += ["--seeds", seeds, "-p", "flags_dir", "flags", *more]
         code, printed = mmsa_book(capsys, *words)
@@ -176,7 +184,7 @@ def test_a_sweep_retries_reports_merges_and_resumes(tmp_path, capsys, monkeypatc
         return code, printed, tasks, table["merged"]
 
     # one task fails once, one corpus cannot be loaded: nothing of the others is lost
-    code, printed, tasks, merged = sweep("a,lost", "0")
+    code, printed, tasks, merged = command("a,lost", "0")
     assert code == 1
     assert executed(root) == ["a-0", "a-0", "lost-0", "lost-0"]
     found = {k: (t["state"], t["attempts"]) for k, t in tasks.items()}
@@ -193,7 +201,7 @@ def test_a_sweep_retries_reports_merges_and_resumes(tmp_path, capsys, monkeypatc
 
     # mended, the same command does only what is missing
     (flags / "found").touch()
-    code, printed, tasks, merged = sweep("a,lost", "0")
+    code, printed, tasks, merged = command("a,lost", "0")
     assert code == 0, printed
     assert executed(root) == ["lost-0"]
     found = {k: (t["state"], t["attempts"]) for k, t in tasks.items()}
@@ -201,28 +209,36 @@ def test_a_sweep_retries_reports_merges_and_resumes(tmp_path, capsys, monkeypatc
     assert [(m["corpus"], m["seeds"]) for m in merged] == [("a", [0]), ("lost", [0])]
 
     # so does a larger one; its records over seeds go where they are to be kept
-    code, printed, tasks, merged = sweep("a", "1,0", "--records", "results")
+    code, printed, tasks, merged = command("a", "1,0", "--records", "results")
     assert code == 0, printed
     assert executed(root) == ["a-1"]
     assert "late mae 0.500 ± 0.707" in printed
     (one,) = merged
     assert (one["seeds"], one["problems"]) == ([0, 1], [])
     kept = {r["name"]: r["file"] for r in one["records"]}
-    assert {p.name for p in (root / "results").iterdir()} == {*kept.values()}
+    assert {*kept.values()} == {
+        p.relative_to(root / "results").as_posix()
+        for p in (root / "results").rglob("*.json")
+    }
+    assert kept["late"].startswith("toy/late-")
     record = runs.load(root / "results" / kept["late"])
     assert record.seeds == [0, 1]
     assert record.values("test.mae") == [0.0, 1.0]
     assert len(record.rows[0]["merged_from"]) == 2
 
     # kept there, they do not make the same sweep begin anew, nor are they made twice
-    code, printed, tasks, merged = sweep("a", "1,0", "--records", "results")
+    code, printed, tasks, merged = command("a", "1,0", "--records", "results")
     assert {t["state"] for t in tasks.values()} == {"kept"}
     assert executed(root) == []
-    assert {p.name for p in (root / "results").iterdir()} == {*kept.values()}
+    assert {*kept.values()} == {
+        p.relative_to(root / "results").as_posix()
+        for p in (root / "results").rglob("*.json")
+    }
+    assert kept["late"].startswith("toy/late-")
 
     # a damaged record is no finished task
     task = plan(root, corpora=["a"], seeds=[1])[0]
-    damaged = next((task.folder / "records").glob("late-*.json"))
+    damaged = next((task.folder / "records/toy").glob("late-*.json"))
     assert task.finished()
     damaged.write_text(damaged.read_text().replace('"mae": 1', '"mae": 2'))
     assert task.finished() is None
@@ -236,137 +252,34 @@ def test_a_stopped_sweep_keeps_what_is_done(tmp_path, how):
     words = ["sweep", "toy", "--profile", "quick", "--seeds", "0,1,2"]
     words += ["--jobs", "1" if how == signal.SIGINT else "2", "-p", "flags_dir"]
     first, second, _ = plan(root, seeds=[0, 1, 2])
-    with start(root, *words, str(flags)) as process:
-        wait_until(lambda: first.finished() and (flags / "pid-a-1").exists(), 60)
-        family = psutil.Process(process.pid).children(recursive=True)
-        assert int((flags / "pid-a-1").read_text()) in {p.pid for p in family}
-        process.send_signal(how)
-        if how == signal.SIGINT:
-            assert process.wait(20) == 130
-            assert "FAILED" not in process.stdout.read()
-        wait_until(lambda: not any(_computes(p) for p in family), 20)
+    process, held = start(root, *words, str(flags)), flags / "pid-a-1"
+    wait_until(lambda: first.finished() and held.exists() and held.read_text(), process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert int(held.read_text()) in {p.pid for p in family}
+    process.send_signal(how)
+    code, printed = finish(process)
+    assert code == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    assert "FAILED" not in printed
+    wait_until(lambda: not any(map(computes, family)))
     assert first.finished()
     assert second.finished() is None
     if how == signal.SIGKILL:
         return
     (flags / "hold-a-1").unlink()
     executed(root)
-    rows = sweeps.sweep(open_book(root), [first, second])
+    rows = sweep(open_book(root), [first, second])
     assert [row.state for row in rows] == ["kept", "done"]
     assert executed(root) == ["a-1"]
-
-
-def _computes(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def test_a_book_edited_during_a_sweep_is_not_mixed(tmp_path):
     root = make_book(tmp_path)
     book, (task,) = open_book(root), plan(root, seeds=[0])
-    (root / "mmsa_lib/runs.py").write_text("# edited\n")
-    (row,) = sweeps.sweep(book, [task])
+    edit_library(root)
+    (row,) = sweep(book, [task])
     assert row.state == "failed"
     assert "library of toy changed since the sweep began; call it again" in row.error
     assert executed(root) == []
-
-
-# ---------------------------------------------------------------- merging
-
-
-def record(seed: int, **changes) -> runs.RunRecord:
-    made = runs.RunRecord(
-        name="late",
-        kind="training",
-        created=f"2026-01-0{seed + 1}T00:00:00+00:00",
-        chapter="toy",
-        profile="full",
-        parameters={"lr": 0.1},
-        seeds=[seed],
-        corpus={"name": "a", "sha256": "c"},
-        code={
-            **{"commit": f"{seed}", "dirty": seed == 1, "chapter_sha256": "s"},
-            **{"closure_sha256": "l", "lock_sha256": "k"},
-        },
-        environment={"python": "3.11", "torch": "2", "gpu": f"G{seed % 2}", "cores": 2},
-        resources={
-            **{"wall_seconds": 1.25, "peak_ram_mib": 100 + seed, "peak_gpu_mib": None},
-            "total_parameters": 7,
-        },
-        selection="lowest MAE",
-        per_seed=[{"seed": seed, "test": {"mae": float(seed)}, "test_ids_sha256": "t"}],
-    )
-    return runs.seal(replace(made, **changes))
-
-
-def test_merge_makes_one_record_over_seeds(tmp_path):
-    parts = [record(2), record(0), record(1)]
-    merged = sweeps.merge(parts)
-    assert merged.seeds == [0, 1, 2]
-    assert merged.values("test.mae") == [0.0, 1.0, 2.0]
-    assert merged.created == parts[0].created
-    assert merged.code["dirty"] is True  # one part was
-    assert merged.environment["gpu"] == "G0; G1"
-    assert merged.environment["cores"] == 2
-    assert merged.resources == {
-        "wall_seconds": 3.75,
-        "peak_ram_mib": 102,
-        "peak_gpu_mib": None,
-        "total_parameters": 7,
-    }
-    assert merged.rows == [{"merged_from": [record(s).id for s in (0, 1, 2)]}]
-    assert runs.load(runs.save(merged, tmp_path)) == merged
-    assert sweeps.merge(reversed(parts)) == merged
-    assert sweeps.merge([parts[1]]) == parts[1]
-
-
-@pytest.mark.parametrize(
-    ("named", "changes"),
-    [
-        ("name", {"name": "early"}),
-        ("corpus", {"corpus": {"name": "a", "sha256": "other"}}),
-        ("parameters", {"parameters": {"lr": 0.2}}),
-        ("chapter", {"chapter": "other"}),
-        ("profile", {"profile": "quick"}),
-        ("selection", {"selection": "best of test"}),
-        ("code.closure_sha256", {"code": {"closure_sha256": "m"}}),
-        ("code.chapter_sha256", {"code": {"chapter_sha256": "m"}}),
-        ("code.lock_sha256", {"code": {"lock_sha256": "m"}}),
-        ("environment.torch", {"environment": {"torch": "3"}}),
-        ("resources.total_parameters", {"resources": {"total_parameters": 8}}),
-        ("test items", {"per_seed": [{"seed": 1, "test_ids_sha256": "u"}]}),
-    ],
-)
-def test_merge_says_what_differs(named, changes):
-    base = record(1)
-    changes = {
-        k: getattr(base, k) | v if k in ("code", "environment", "resources") else v
-        for k, v in changes.items()
-    }
-    with pytest.raises(runs.RecordError, match="cannot be merged") as error:
-        sweeps.merge([record(0), record(2), record(1, **changes)])
-    differing = str(error.value).partition("differ in: ")[2]
-    assert differing.startswith(f"{named} (")
-    assert differing.count("against") == 1  # this and nothing else
-
-
-def test_merge_refuses_a_seed_twice():
-    again = record(0, created="2026-02-01T00:00:00+00:00")
-    with pytest.raises(runs.RecordError, match=r"a seed occurs twice in \[0, 0\]"):
-        sweeps.merge([record(0), again])
-    with pytest.raises(runs.RecordError, match="no records"):
-        sweeps.merge([])
-
-
-def test_one_seed_is_recorded_without_a_verdict(tmp_path, monkeypatch):
-    """A task of a sweep has one seed, and a chapter compares: it must not fail."""
-    monkeypatch.setenv("MMSA_RECORDS", str(tmp_path))
-    found = runs.compare(record(1), record(1, name="early"), names=("late", "early"))
-    assert found.rows[0]["n"] == 1
-    assert found.rows[0]["verdict"] == "late against early: one seed, no comparison."
-    assert "p" not in found.rows[0]
 
 
 # ---------------------------------------------------------------- Ray
@@ -376,10 +289,10 @@ def test_without_ray_the_remedy_is_named(tmp_path, monkeypatch):
     root = make_book(tmp_path)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(BookError, match=r"pip install 'mmsa-lib\[ray\]'"):
-        sweeps.sweep(open_book(root), plan(root, seeds=[0]), engine="ray")
+        sweep(open_book(root), plan(root, seeds=[0]), engine="ray")
     assert executed(root) == []
     with pytest.raises(UnknownNameError, match="unknown engine 'rai'"):
-        sweeps.sweep(open_book(root), plan(root, seeds=[0]), engine="rai")
+        sweep(open_book(root), plan(root, seeds=[0]), engine="rai")
 
 
 def start_ray(ray) -> None:
@@ -419,8 +332,8 @@ def test_the_same_tasks_on_a_real_ray(tmp_path, monkeypatch):
         start_ray(ray)
         book, tasks = open_book(root), plan(root, seeds=[0, 1])
         with pytest.raises(BookError, match="asks for 2 GPUs and the largest node"):
-            sweeps.sweep(book, tasks, engine="ray", gpus_per_task=2)
-        rows = sweeps.sweep(book, tasks, engine="ray", gpus_per_task=1)
+            sweep(book, tasks, engine="ray", gpus_per_task=2)
+        rows = sweep(book, tasks, engine="ray", gpus_per_task=1)
         assert ray.is_initialized()  # a cluster that was there stays
     finally:
         ray.shutdown()
@@ -441,13 +354,13 @@ def test_the_same_tasks_on_a_real_ray(tmp_path, monkeypatch):
     assert [e["gpu"] for e in entries] == ["0", "0"]
     first, second = sorted(entries, key=lambda e: e["began"])
     assert first["ended"] < second["began"]  # one GPU: one after the other
-    (merged,) = sweeps.merge_seeds(rows)
+    (merged,) = merge_seeds(rows)
     assert merged.problems == ()
     assert [r.seeds for r in merged.records] == [[0, 1], [0, 1]]
 
 
 def test_gpus_reach_the_options_of_the_remote_task():
-    options = sweeps.ray_options(0.5)
+    options = engines.ray_options(0.5)
     assert (options["num_gpus"], options["max_retries"]) == (0.5, 0)
 
 
@@ -460,7 +373,24 @@ def test_what_travels_is_book_and_library(tmp_path):
     (root / "data/private.bin").write_text("x")
     (root / "mmsa_lib/__pycache__").mkdir()
     (root / "mmsa_lib/__pycache__/a.pyc").write_text("x")
-    names = zipfile.ZipFile(io.BytesIO(sweeps.pack(open_book(root)))).namelist()
+    packed = zipfile.ZipFile(io.BytesIO(engines.pack(open_book(root))))
+    names = packed.namelist()
     assert {"book/_toc.yml", "book/book/toy.md", "book/mmsa_lib/used.py"} <= {*names}
-    assert {"press/mmsa_lib/errors.py", "press/mmsa_lib/press/sweep.py"} <= {*names}
     assert not [n for n in names if "private" in n or "pyc" in n or "flags" in n]
+    # of this library just what the runner imports
+    packed.extractall(tmp_path / "node")
+    program = (
+        "import sys, mmsa_lib.press.runner\n"
+        "print(*(m.__file__ for n, m in sys.modules.items() if n[:8] == 'mmsa_lib'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program],
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "node/press")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = done.stdout.split()
+    assert all(file.startswith(str(tmp_path / "node/press")) for file in loaded)
+    assert len(loaded) > 5
+    assert "press/mmsa_lib/training.py" not in names

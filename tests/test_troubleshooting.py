@@ -15,7 +15,8 @@ import pytest
 import torch
 from conftest import ROOT
 from filelock import FileLock
-from test_press import chapter, make_project, mmsa_book, start
+from processes import start
+from test_press import chapter, make_project, mmsa_book
 from toy import ToyModel, toy_corpus
 
 from mmsa_lib import corpora, errors, metrics, runs, statistics
@@ -377,6 +378,12 @@ def edited_record(tmp_path):
     path = runs.save(runs.RunRecord("a", "training", "2026"), tmp_path)
     path.write_text(path.read_text().replace("2026", "2027"))
     runs.load(path)
+
+
+@raises("this page claims '…', which is not true of this run.")
+def false_claim(monkeypatch):
+    monkeypatch.setenv("MMSA_STRICT", "1")
+    runs.claim(False, "The MAE is {mae}.", mae=runs.given(1.2, "made up"))
 
 
 @raises("the records folder … cannot be made")

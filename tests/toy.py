@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mmsa_lib.corpora.schema import Card, Corpus, Ragged, Split, make_corpus
+from mmsa_lib.training import TrainConfig, fit
 
 
 def toy_corpus(n=(48, 16, 16), seed=0, widths=None) -> Corpus:
@@ -27,6 +28,9 @@ def toy_corpus(n=(48, 16, 16), seed=0, widths=None) -> Corpus:
         splits[name] = Split(name, ids, features, labels, raw_text=text)
     card = Card("toy", "a toy", "tests", "none", synthetic=True)
     return make_corpus(card, splits)
+
+
+TOY = toy_corpus()
 
 
 @dataclass
@@ -51,3 +55,9 @@ class ToyModel(nn.Module):
             parts.append(total / keep.sum(1).clamp_min(1))
         z = self.drop(torch.relu(torch.cat(parts, -1)))
         return ToyOutput({"sentiment": self.regressor(z)})
+
+
+def train_toy(seed):
+    """A `ToyModel` after two epochs on `TOY`, frozen."""
+    config = TrainConfig(epochs=2, batch_size=16, device="cpu", seed=seed)
+    return fit(lambda: ToyModel(TOY.dims), TOY, config)

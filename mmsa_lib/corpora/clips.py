@@ -223,11 +223,12 @@ def decode(
     if not path.is_file():
         raise ClipError(f"{path}: there is no such file")
     try:
-        with av.open(str(path)) as container:
+        # without "file:" FFmpeg takes what stands before a colon for a protocol
+        with av.open(f"file:{path}") as container:
             plan = _plan(container, frames)
         if plan.declared > longest:
             raise _TooLong(plan.declared)
-        with av.open(str(path)) as container:
+        with av.open(f"file:{path}") as container:
             return _decode(container, plan, rate, longest)
     except _TooLong as error:
         reason = f"lasts {error.args[0]:.1f} s, longer than longest={longest:g} s"

@@ -199,6 +199,21 @@ class Segments:
     audio: np.ndarray  # (n, 73)
 
 
+def leaking_text(folder: str | Path) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """The text columns that no loader here uses, for the audit of the corpora chapter.
+
+    Segment ids, vectors (n, 100) of a network that was trained with sentiment labels,
+    and whether it was trained on the segment (n,).
+    """
+    folder = Path(folder)
+    parts = [_numbers(folder / f"text_{s}.csv") for s in ("train", "test")]
+    rows = np.concatenate(parts)
+    with (folder / "transcripts.csv").open(encoding="utf-8", newline="") as file:
+        names = [row[0] for row in csv.reader(file)]
+    ids = [names[int(k)] for k in rows[:, 0]]
+    return ids, rows[:, 1:].astype(np.float32), np.arange(len(rows)) < len(parts[0])
+
+
 def read_segments(folder: str | Path) -> Segments:
     """Merge transcripts, labels and audio of the six source files."""
     folder = Path(folder)

@@ -91,6 +91,7 @@ class Adapted(nn.Module):
         return Output(predictions, z, last, hidden, masks)
 
     def _layer_by_layer(self, batch: Batch) -> tuple[Hidden, Hidden]:
+        # by modality: (B, T_m, D_h), (B, T_m), its encoder
         streams, masks, encoders = self.base.streams(batch)
         x, keys = {}, {}
         for m, encoder in encoders.items():
@@ -125,7 +126,7 @@ def head_width(base: nn.Module) -> int:
 def _add_to_prefix(h: Tensor, fused: Tensor, mask: Tensor) -> Tensor:
     """Add fused (B, T_o, d) to the first real steps of h (B, T, d)."""
     T = h.shape[1]
-    fused = F.pad(fused[:, :T], (0, 0, 0, max(T - fused.shape[1], 0)))
+    fused = F.pad(fused[:, :T], (0, 0, 0, max(T - fused.shape[1], 0)))  # (B, T, d)
     return h + fused * mask[..., None].to(h.dtype)
 
 

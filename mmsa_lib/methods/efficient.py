@@ -42,7 +42,7 @@ class _Linear(nn.Module):
         self.out.to(base.head.out.weight)  # its dtype and device
 
     def forward(self, z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        parts = self.out(z).split(list(self.outputs.values()), dim=-1)
+        parts = self.out(z).split(list(self.outputs.values()), dim=-1)  # (B, o) each
         return dict(zip(self.outputs, parts, strict=True)), z
 
 
@@ -62,7 +62,7 @@ def full(base: LateFusion) -> LateFusion:
 
 
 class LMF(nn.Module):
-    """z + W_o sum_k prod_m W_m^(k) [z_m; 1]: low-rank fusion of one vector a modality
+    """z + W_o sum_k prod_m W_m^(k) [z_m; 1]: low-rank fusion of one vector per modality
     (arXiv 1806.00064), of `rank` terms and width `size`. W_o starts at zero.
 
     It multiplies read-outs, not tokens: that is the difference to Wander.
@@ -77,12 +77,13 @@ class LMF(nn.Module):
         self.out = _zero(nn.Linear(size, M * d))
 
     def forward(self, hidden: Hidden, masks: Hidden) -> Tensor:
-        z = self.rows(hidden, masks)
+        z = self.rows(hidden, masks)  # (B, M d)
         z_m = z.unflatten(1, (len(self.factors), -1))  # (B, M, d)
-        z_m = F.pad(z_m, (0, 1), value=1.0)
+        z_m = F.pad(z_m, (0, 1), value=1.0)  # (B, M, d + 1)
         factors = torch.einsum("bmd,mkdh->mbkh", z_m, self.factors)
+        # (M, B, rank, size): product over M, sum over terms -> (B, size)
         fused = factors.prod(0).sum(1) / math.sqrt(self.factors.shape[1])
-        return z + self.out(fused)
+        return z + self.out(fused)  # (B, M d)
 
 
 class Concat(nn.Module):
@@ -96,7 +97,7 @@ class Concat(nn.Module):
         self.inner, self.outer = nn.Linear(wide, size), _zero(nn.Linear(size, wide))
 
     def forward(self, hidden: Hidden, masks: Hidden) -> Tensor:
-        z = self.rows(hidden, masks)
+        z = self.rows(hidden, masks)  # (B, M d)
         return z + self.outer(F.gelu(self.inner(z)))
 
 
@@ -128,7 +129,7 @@ class _Bottleneck(nn.Module):
         self.down, self.up = nn.Linear(width, size), _zero(nn.Linear(size, width))
 
     def forward(self, *args, **kwargs) -> Tensor:
-        x = self.layer(*args, **kwargs)
+        x = self.layer(*args, **kwargs)  # (B, T, d), or (B, 1, d) of one row
         return x + self.up(F.gelu(self.down(x)))
 
 
@@ -147,7 +148,8 @@ class _Prompted(nn.Module):
     def forward(self, x: Tensor, mask: Tensor, read: str = "all") -> Tensor:
         T, n = x.shape[1], len(self.prompts)
         x = torch.cat([x, self.prompts.to(x.dtype).expand(len(x), -1, -1)], dim=1)
-        some = mask.any(1, keepdim=True).expand(-1, n)
+        # x is (B, T + n, d) now
+        some = mask.any(1, keepdim=True).expand(-1, n)  # (B, n)
         h = self.encoder(x, torch.cat([mask, some], dim=1), read=read)
         return h[:, :T] if read == "all" else h
 
@@ -163,7 +165,7 @@ def bottleneck(base: LateFusion, size: int) -> Adapted:
 
 
 def prompts(base: LateFusion, size: int) -> Adapted:
-    """`size` learned steps a modality, read by its frozen encoder."""
+    """`size` learned steps per modality, read by its frozen encoder."""
     model = Adapted(base)
     encoders = model.base.encoders
     for m, encoder in encoders.items():

@@ -1,38 +1,28 @@
-"""Discriminative readout of an omni-modal language model, and its generative twin.
+"""Discriminative readout of an omni-modal language model.
 
-After arXiv 2606.05713 (specification: the chapters "QLoRA and a regression head" and
-"Generative against discriminative"). A frozen 4-bit Thinker is adapted with LoRA; the
-hidden state of the last real token goes through a small head that gives a score
-(`Readout`), or the same backbone, adapted in the same way, writes the score as text
-(`Generative`). Both are trained by `training.fit` on a corpus of clips.
+After arXiv 2606.05713 (specification: the chapter "QLoRA and a regression head"). A
+frozen 4-bit Thinker is adapted with LoRA; the hidden state of the last real token goes
+through a small head that gives a score (`Readout`), trained by `training.fit` on a
+corpus of clips. Its twin that writes the score is `methods.generative`;
+`methods.saving` keeps and loads both.
 
-In the order of the chapters: LoRA and its arithmetic, the last token, the head, the
-readout, the twin with its parser, saving and predicting.
+In the order of the chapter: LoRA and its arithmetic, the last token, the head, the
+readout and its loss.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from dataclasses import replace as altered
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mmsa_lib.corpora.clips import Clip, read_folder
-from mmsa_lib.corpora.media import MediaConfig, clip_corpus
-from mmsa_lib.corpora.schema import Batch, Split
-from mmsa_lib.errors import ClipError, ConfigError, unknown
-from mmsa_lib.files import replacing, sha256_of, write_atomic
-from mmsa_lib.nets import omni
-from mmsa_lib.nets.omni import MODALITIES, Thinker, answer_loss
+from mmsa_lib.corpora.schema import Batch
+from mmsa_lib.errors import ConfigError, unknown
+from mmsa_lib.nets.omni import Thinker
 from mmsa_lib.nets.output import Output
 
 SUFFIXES = (
@@ -54,6 +44,7 @@ class ReadoutConfig:
     pool           "last" real token, "mean" over real tokens, or "attention"
     layer          whose output is read: -1 the last one, after its norm
     clip           clip predictions to [-3, 3] at evaluation
+    mode           "paper": no code was released that another mode could follow
     """
 
     rank: int = 32
@@ -67,11 +58,13 @@ class ReadoutConfig:
     pool: str = "last"
     layer: int = -1
     clip: bool = False
+    mode: str = "paper"
 
     def __post_init__(self):
         for name, known in (
             ("ln", ("hidden", "input")),
             ("pool", ("last", "mean", "attention")),
+            ("mode", ("paper",)),
         ):
             if getattr(self, name) not in known:
                 raise unknown(name, str(getattr(self, name)), known)
@@ -173,10 +166,11 @@ class Regressor(nn.Module):
 
     def last(self, z: Tensor) -> Tensor:
         """The input (B, width) of the final layer."""
-        return self.dropout(self.after(self.inner(self.before(z))).relu())
+        a = self.inner(self.before(z))  # (B, h) -> (B, width)
+        return self.dropout(self.after(a).relu())
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.outer(self.last(z))
+        return self.outer(self.last(z))  # (B, h) -> (B, width) -> (B, 1)
 
 
 class Pool(nn.Module):
@@ -190,12 +184,13 @@ class Pool(nn.Module):
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         if self.how == "last":
             rows = torch.arange(len(hidden), device=hidden.device)
-            return hidden[rows, last_index(mask)].float()
-        hidden, real = hidden.float(), mask[..., None]
+            return hidden[rows, last_index(mask)].float()  # (B, h)
+        hidden, real = hidden.float(), mask[..., None]  # (B, T, h), (B, T, 1)
         if self.how == "mean":
-            return (hidden * real).sum(1) / real.sum(1)
-        weight = self.query(hidden).masked_fill(~real, -torch.inf).softmax(1)
-        return (weight * hidden).sum(1)
+            return (hidden * real).sum(1) / real.sum(1)  # (B, h) / (B, 1)
+        weight = self.query(hidden)  # (B, T, 1)
+        weight = weight.masked_fill(~real, -torch.inf).softmax(1)
+        return (weight * hidden).sum(1)  # (B, h)
 
 
 class Scaler(nn.Module):
@@ -267,11 +262,11 @@ class Readout(nn.Module):
         return kept[0], mask
 
     def forward(self, batch: Batch) -> Output:
-        hidden, mask = self.hidden(batch)
+        hidden, mask = self.hidden(batch)  # (B, T, h), (B, T)
         with torch.autocast(hidden.device.type, enabled=False):  # the head is float32
-            z = self.pool(hidden, mask)
-            last = self.regressor.last(z)
-            y = self.scaler.unscale(self.regressor.outer(last))
+            z = self.pool(hidden, mask)  # (B, h)
+            last = self.regressor.last(z)  # (B, width)
+            y = self.scaler.unscale(self.regressor.outer(last))  # (B, 1)
         if self.config.clip and not self.training:
             y = y.clamp(LOWEST, HIGHEST)
         return Output(predictions={"sentiment": y}, pooled=z, last=last)
@@ -312,384 +307,3 @@ def discriminative(
     config = config or ReadoutConfig()
     thinker.model = attach_lora(thinker.model, config)
     return Readout(thinker, config, labels)
-
-
-# --- the generative twin --------------------------------------------------------------
-
-
-def spell(score: float) -> str:
-    """The one format of a label as text: sign, digit, point, digit, such as +1.6.
-
-    Clips to [-3, 3]. Raises `ConfigError` for NaN.
-    """
-    if math.isnan(score):
-        raise ConfigError("a label is NaN: there is nothing to write")
-    return f"{max(LOWEST, min(HIGHEST, float(score))):+.1f}".replace("-0.0", "+0.0")
-
-
-_DASHES = r"+\-\u2212\u2010-\u2015\u00b1"
-# a number that is not a piece of a longer word or number: 1.1.1 is none. What could be
-# its sign is taken along, even where it stands apart or is a word.
-_NUMBER = re.compile(
-    rf"(?<![\w.,{_DASHES}])((?:[{_DASHES}]|\bminus\b|\bnegative\b)\s*)?"
-    r"(\d+(?:[.,]\d+)?|[.,]\d+)(?!\w|[.,]\d)",
-    re.IGNORECASE,
-)
-
-
-def parse_score(text: str) -> float | None:
-    """The first number in an answer, or None. Never clips and never guesses.
-
-    A comma or a point may separate the decimals; words for numbers do not count. A
-    number whose sign is in doubt ("- 1.2", "minus 1.2") makes the answer unparsable.
-    """
-    found = _NUMBER.search(text)
-    if found is None or found[1] not in (None, "+", "-", "\u2212"):
-        return None
-    number = float(found[2].replace(",", "."))
-    return -number if found[1] in ("-", "\u2212") else number
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What a model wrote, and what could be read from it.
-
-    ids, texts  one a sample; `values` (n,) has NaN where nothing could be read
-    """
-
-    ids: list[str]
-    texts: list[str]
-    values: np.ndarray
-
-    @property
-    def unparsable(self) -> float:
-        """Share of answers without a number."""
-        return float(np.isnan(self.values).mean())
-
-    @property
-    def out_of_range(self) -> float:
-        """Share of answers whose number lies outside [-3, 3]."""
-        with np.errstate(invalid="ignore"):
-            return float((np.abs(self.values) > HIGHEST).mean())
-
-    def scores(self, otherwise: float) -> np.ndarray:
-        """Scores (n, 1): numbers clipped to the range, `otherwise` where none is."""
-        values = np.where(np.isnan(self.values), otherwise, self.values)
-        return values.clip(LOWEST, HIGHEST)[:, None]
-
-
-@dataclass
-class Spoken:
-    """Token cross-entropy (B,) of the written labels; no predictions in training."""
-
-    tokens: Tensor
-    predictions: dict[str, Tensor] = field(default_factory=dict)
-
-
-class Generative(nn.Module):
-    """The twin: the same adapted Thinker, taught to write the label.
-
-    Calling it on a labelled batch gives the cross-entropy of the written labels;
-    `answer` lets it write.
-    """
-
-    def __init__(self, body: Thinker, config: ReadoutConfig | None = None, labels=None):
-        super().__init__()
-        self.config = config or ReadoutConfig()
-        self.body = body
-        self.scaler = Scaler(labels)
-
-    def forward(self, batch: Batch) -> Spoken:
-        labels = batch.labels["sentiment"].flatten().tolist()
-        return Spoken(answer_loss(self.body, batch, [spell(y) for y in labels]))
-
-    @torch.inference_mode()
-    def answer(self, split: Split, batch_size: int = 8) -> Answers:
-        """Let the model write a score for every sample of a split."""
-        self.eval()
-        texts: list[str] = []
-        for batch in split.batches(batch_size):
-            texts += self.body.say(batch.to(self.body.device))
-        values = [parse_score(t) for t in texts]
-        found = np.array([math.nan if v is None else v for v in values])
-        return Answers(list(split.ids), texts, found)
-
-    def predict(self, split: Split, label: str = "sentiment") -> np.ndarray:
-        """Scores (n, 1); what cannot be read counts as the mean training label."""
-        if label != "sentiment":
-            raise unknown("label", label, ("sentiment",))
-        return self.answer(split).scores(float(self.scaler.mean))
-
-
-def token_loss(output: Spoken, batch: Batch) -> Tensor:
-    """The loss of the twin for `training.fit`: mean cross-entropy of written labels."""
-    return output.tokens.mean()
-
-
-def generative(
-    thinker: Thinker, config: ReadoutConfig | None = None, labels=None
-) -> Generative:
-    """The same LoRA on a loaded Thinker, to be trained on written labels."""
-    config = config or ReadoutConfig()
-    thinker.model = attach_lora(thinker.model, config)
-    return Generative(thinker, config, labels)
-
-
-def writing(frozen):
-    """The frozen twin that `training.fit` chose, predicting by what it writes."""
-    module = frozen.module
-    return altered(frozen, predict=lambda split, label: module.predict(split, label))
-
-
-# --- saving and predicting ------------------------------------------------------------
-
-SETTINGS, HEAD = "readout.json", "regressor.safetensors"
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-
-
-def save(
-    model: Readout | Generative,
-    folder: str | Path,
-    *,
-    backbone: str,
-    media: MediaConfig,
-) -> Path:
-    """Write the trained parts: a standard PEFT adapter, the head, the settings.
-
-    folder/adapter_config.json, adapter_model.safetensors   load with peft alone
-    folder/regressor.safetensors   head, pooling and label scaler
-    folder/readout.json            configuration, backbone, its fingerprint, how clips
-                                   are read, and the sha256 of the other parts
-
-    The twin has no head: its regressor.safetensors holds the scaler only.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    peft = model.body.model
-    name = "default"
-    peft.peft_config[name].base_model_name_or_path = backbone
-    # the vocabulary is as it was: peft need not look for that on the hub
-    peft.save_pretrained(folder, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's empty template
-    parts = {
-        k: v.detach().cpu().contiguous()
-        for k, v in model.state_dict().items()
-        if not k.startswith("body.")
-    }
-    with replacing(folder / HEAD) as part:
-        save_file(parts, part)
-    settings = {
-        "kind": type(model).__name__.lower(),
-        "backbone": backbone,
-        "backbone_sha256": omni.fingerprint(model.body),
-        "readout": asdict(model.config),
-        "media": asdict(media),
-        "modalities": list(model.body.modalities),
-        "sha256": {part: sha256_of(folder / part) for part in (*ADAPTER, HEAD)},
-    }
-    write_atomic(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
-    return folder
-
-
-def load(
-    folder: str | Path,
-    *,
-    backbone: str | Path | None = None,
-    quantise: bool = True,
-    device: str = "auto",
-) -> tuple[Readout | Generative, MediaConfig]:
-    """A saved readout (or twin) on its backbone, in eval mode; how its clips are read.
-
-    backbone: another place of the same model than the one that was saved, such as a
-    local folder. Raises `ConfigError` when a part is missing, damaged or does not fit.
-    """
-    folder = Path(folder)
-    lacking = [n for n in (SETTINGS, HEAD, *ADAPTER) if not (folder / n).is_file()]
-    if lacking:
-        raise ConfigError(
-            f"{folder} holds no readout: {', '.join(lacking)} missing. "
-            "methods.readout.save or scripts/train_readout.py write one."
-        )
-    try:
-        settings = json.loads((folder / SETTINGS).read_text("utf-8"))
-        damaged = [
-            n for n, d in settings["sha256"].items() if sha256_of(folder / n) != d
-        ]
-        kept = settings["readout"]
-        config = ReadoutConfig(**(kept | {"suffixes": tuple(kept["suffixes"])}))
-        media = MediaConfig(**settings["media"])
-        kind = {"readout": Readout, "generative": Generative}[settings["kind"]]
-        source, modalities = backbone or settings["backbone"], settings["modalities"]
-        trained_on = settings["backbone_sha256"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(
-            f"{folder / SETTINGS} is damaged or of another version "
-            f"({type(error).__name__}: {error}); save the readout again"
-        ) from error
-    if damaged:
-        raise ConfigError(
-            f"{', '.join(damaged)} in {folder}: not what was saved there, but damaged "
-            "or of another readout. Copy or save the whole folder again."
-        )
-    thinker = omni.load(source, quantise=quantise, device=device, modalities=modalities)
-    if omni.fingerprint(thinker) != trained_on:
-        raise ConfigError(
-            f"{folder} was not made for the backbone {source}: the weights there are "
-            "not those that it was trained on. Name the right ones, or train it again "
-            "(scripts/train_readout.py)."
-        )
-    from peft import PeftModel  # after `load`, which keeps what it imports quiet
-
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*")
-            warnings.filterwarnings("ignore", "Found missing adapter keys")
-            thinker.model = PeftModel.from_pretrained(thinker.model, str(folder))
-        model = kind(thinker, config)
-        found = model.load_state_dict(load_file(folder / HEAD), strict=False)
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"{folder} was not made for the backbone {source}: {error}"
-        ) from error
-    wrong = [k for k in found.missing_keys if not k.startswith("body.")]
-    wrong += found.unexpected_keys
-    if wrong:
-        raise ConfigError(f"{folder / HEAD} does not fit {SETTINGS}: {wrong}")
-    for name, part in model.named_children():
-        if name != "body":  # which is there, and 4-bit weights bear no second move
-            part.to(thinker.device)
-    return model.eval(), media
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One clip's score, or why it has none."""
-
-    path: str
-    score: float | None
-    refused: str | None = None  # the reason, when `score` is None
-
-
-def predict(
-    paths: Sequence[str | Path],
-    model: str | Path | None = None,
-    *,
-    texts: Sequence[str] | None = None,
-    backbone: str | Path | None = None,
-    device: str = "auto",
-    batch_size: int = 4,
-) -> list[Prediction]:
-    """Score video files with a saved readout; unreadable ones are refused by reason.
-
-    paths     files, or folders in MMSA-FET's layout: these stand for all their clips,
-              with the transcripts of their label.csv
-    model     folder that `save` wrote; default: the tiny readout of the package, which
-              has learned from the puppets' clips and knows nothing but puppets
-    texts     a transcript for each file; without them the model sees and hears only
-    backbone  see `load`
-
-    Raises `ConfigError` when the model cannot be loaded, or when there are not as many
-    texts as files.
-    """
-    clips, refused = _clips([Path(p) for p in paths], texts)
-    if model is None:
-        model = omni.tiny_folder() / "readout"
-        if not model.is_dir():
-            raise ConfigError(
-                "this installation lacks the tiny readout, the default model "
-                f"({model}). Name a model: the folder that methods.readout.save or "
-                "scripts/train_readout.py wrote."
-            )
-    reader, media = load(model, backbone=backbone, device=device)
-    scores: dict[str, float] = {}
-    most = 8 * batch_size  # clips in memory at a time
-    for start in range(0, len(clips), most):
-        some = [c for c in clips[start : start + most] if c.id not in refused]
-        scores |= _scores(reader, some, media, batch_size, refused)
-    return [Prediction(str(c.path), scores.get(c.id), refused.get(c.id)) for c in clips]
-
-
-def _clips(paths: list[Path], texts: Sequence[str] | None):
-    """The clips of files and folders, ids 0, 1, ...; and those refused already."""
-    files = [p for p in paths if not p.is_dir()]
-    if texts is not None and len(texts) != len(files):
-        raise ConfigError(
-            f"{len(files)} files but {len(texts)} transcripts: give one for each file, "
-            "an empty one where nothing is known, or none at all"
-        )
-    words = iter(texts or [""] * len(files))
-    found: list[tuple[Path, str, str | None]] = []
-    for path in paths:
-        if not path.is_dir():
-            found.append((path, next(words), None))
-            continue
-        faults: dict[str, str] = {}
-        try:
-            found += [(c.path, c.text, None) for c in read_folder(path, faults)]
-        except ClipError as error:
-            faults = {"": str(error)}
-        found += [(path / row, "", why) for row, why in faults.items()]
-    clips = [
-        Clip(str(k), path, text, 0.0, "valid", video_id="", clip_id=str(k))
-        for k, (path, text, _) in enumerate(found)
-    ]
-    return clips, {str(k): why for k, (*_, why) in enumerate(found) if why}
-
-
-def _scores(reader, clips: list[Clip], media, batch_size: int, refused: dict):
-    """Scores of the readable clips by id; the others enter `refused` with a reason."""
-    problems: dict[str, str] = {}
-    try:
-        split = clip_corpus(clips, media, problems=problems)["valid"]
-    except ClipError:
-        if len(problems) < len(clips):
-            raise
-        return {}
-    finally:
-        refused |= problems
-    scores: dict[str, float] = {}
-    if isinstance(reader, Generative):
-        answers = reader.answer(split, batch_size)
-        for i, text, value in zip(
-            answers.ids, answers.texts, answers.values.tolist(), strict=True
-        ):
-            if math.isnan(value):
-                refused[i] = f"the model wrote {text!r}, which holds no score"
-            else:
-                scores[i] = max(LOWEST, min(HIGHEST, value))
-        return scores
-    with torch.inference_mode():
-        for batch in split.batches(batch_size):
-            y = reader(batch.to(reader.body.device)).predictions["sentiment"]
-            scores |= dict(zip(batch.ids, y.flatten().tolist(), strict=True))
-    return scores
-
-
-__all__ = [
-    "MODALITIES",
-    "SUFFIXES",
-    "Answers",
-    "Generative",
-    "Pool",
-    "Prediction",
-    "Readout",
-    "ReadoutConfig",
-    "Regressor",
-    "Scaler",
-    "Spoken",
-    "adapted",
-    "attach_lora",
-    "count_lora",
-    "discriminative",
-    "generative",
-    "last_index",
-    "linear_shapes",
-    "load",
-    "parse_score",
-    "predict",
-    "save",
-    "spell",
-    "standardised_loss",
-    "token_loss",
-    "writing",
-]

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mmsa_lib.errors import ConfigError, unknown
-from mmsa_lib.methods import cggm, wander
+from mmsa_lib.methods import cggm, generative, readout, wander
 
 KINDS = ("attach", "build", "rule", "adapt")
 
@@ -61,6 +61,20 @@ METHODS = {
     for m in (
         Method("wander", "Wander", wander.WanderConfig, attach=wander.attach),
         Method("cggm", "CGGM", cggm.CGGMConfig, rule=cggm.GradientModulator),
+        Method(
+            "readout",
+            "Discriminative readout",
+            readout.ReadoutConfig,
+            attach=readout.discriminative,
+            base="thinker",
+        ),
+        Method(
+            "generative",
+            "Generative twin",
+            readout.ReadoutConfig,
+            attach=generative.generative,
+            base="thinker",
+        ),
     )
 }
 

@@ -45,10 +45,10 @@ class WanderConfig:
     copies; the paper's own are unknown. The other defaults are decisions of ours.
 
     rank          r, width of the bottleneck
-    token_rank    R_t, number of token factors a modality
-    feature_rank  R_d, number of feature factors a modality
+    token_rank    R_t, number of token factors per modality
+    feature_rank  R_d, number of feature factors per modality
     out_tokens    T_o, length of the fused sequence
-    max_len       T_m, the longest sequence; one number, or one a modality
+    max_len       T_m, the longest sequence; one number, or one per modality
     cp            "separable": all R_t R_d pairs (p, q); "tied": p = q, R_t = R_d terms
     append_one    a constant channel in Z_m, so that F holds lower-order terms too
     normalize     divide Z_m by its root mean square (no gradient through it)
@@ -148,41 +148,43 @@ class Wander(nn.Module):
             z, U = self.project(m, hidden[m], masks[m])
             # tokens first: T_m >= r on sequences, so that is the shorter contraction
             if tied:
-                x = torch.einsum("btr,kts->bksr", z, U)
+                x = torch.einsum("btr,kts->bksr", z, U)  # (B, R, T_o, r)
                 factor = torch.einsum("bksr,kre->bkse", x, self.V[m])
             else:
-                x = torch.einsum("btr,pts->bpsr", z, U)
+                x = torch.einsum("btr,pts->bpsr", z, U)  # (B, R_t, T_o, r)
                 factor = torch.einsum("bpsr,qre->bpqse", x, self.V[m])
+            # (B, R_t, R_d, T_o, d), tied (B, R, T_o, d)
             product = factor if product is None else product * factor
         terms = c.token_rank if tied else c.token_rank * c.feature_rank
+        # terms side by side, added up: (B, T_o, d)
         return product.flatten(1, -3).sum(1) / math.sqrt(terms)
 
     def project(self, m: str, h: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Z_m (B, T, r or r + 1), zero where masked, and U_m cut to as many steps."""
         c, U = self.config, self.U[m]
         h, mask = _cut(m, h, mask, U.shape[1])
-        keep = mask[..., None]
+        keep = mask[..., None]  # (B, T, 1)
         h = h.masked_fill(~keep, 0.0)  # whatever stands in padding, even NaN
-        z = F.gelu(self.down[m](h)) * keep.to(h.dtype)
+        z = F.gelu(self.down[m](h)) * keep.to(h.dtype)  # (B, T, r)
         if c.normalize:
             z = z / _rms(z.detach(), mask)
         if c.append_one:
-            z = torch.cat([z, keep.to(z.dtype)], dim=-1)
-        return z, U[:, : h.shape[1]]
+            z = torch.cat([z, keep.to(z.dtype)], dim=-1)  # (B, T, r + 1)
+        return z, U[:, : h.shape[1]]  # (R_t, T, T_o)
 
     def residual(self, hidden: Hidden, masks: Hidden) -> tuple[Tensor, Tensor]:
         """What the fused sequence is added to, (B, T_o, d), and its mask (B, T_o)."""
         c = self.config
-        some = {m: masks[m].any(1) for m in self.modalities}
+        some = {m: masks[m].any(1) for m in self.modalities}  # (B,) each
         if c.residual == "mean":
             means = [masked_mean(hidden[m], masks[m]) for m in self.modalities]
-            count = torch.stack(list(some.values())).sum(0)
-            mean = torch.stack(means).sum(0) / count.clamp(min=1)[:, None]
+            count = torch.stack(list(some.values())).sum(0)  # (B,)
+            mean = torch.stack(means).sum(0) / count.clamp(min=1)[:, None]  # (B, d)
             mask = (count > 0)[:, None].expand(-1, c.out_tokens)
             return mean[:, None].expand(-1, c.out_tokens, -1), mask
         out = mask = None
         for m in self.modalities:
-            h, k = _prefix(hidden[m], masks[m], c.out_tokens)
+            h, k = _prefix(hidden[m], masks[m], c.out_tokens)  # (B, T_o, d), (B, T_o)
             if out is None:
                 out, mask, found = h, k, some[m]
                 continue
@@ -194,10 +196,10 @@ class Wander(nn.Module):
 
     def read(self, hidden: Hidden, masks: Hidden) -> Tensor:
         """c (B, d), the read-out of the fused sequence; `ConfigError` as in `fuse`."""
-        out, mask = self(hidden, masks)
+        out, mask = self(hidden, masks)  # (B, T_o, d), (B, T_o)
         if self.config.readout == "first":
             return out[:, 0]
-        return masked_mean(out, mask)
+        return masked_mean(out, mask)  # (B, T_o, d) -> (B, d)
 
 
 def _cut(m: str, h: Tensor, mask: Tensor, longest: int) -> tuple[Tensor, Tensor]:
@@ -279,9 +281,10 @@ class OfficialWander(nn.Module):
                     f"{m!r} has {h.shape[1]} steps; the copies take exactly "
                     f"{U.shape[1]}. Pad the batch, or use mode='paper'."
                 )
+            # (r, T) @ (B, T, r) @ (r, d) -> (B, r, d)
             factor = U.sum(0).T @ F.gelu(self.down[m](h)) @ self.V[m].sum(0)
             product = factor if product is None else product * factor
-        joined = torch.cat([hidden[m] for m in self.modalities], dim=1)
+        joined = torch.cat([hidden[m] for m in self.modalities], dim=1)  # in time
         out = product + joined[:, : self.config.rank]
         return out, torch.ones(out.shape[:2], dtype=torch.bool, device=out.device)
 

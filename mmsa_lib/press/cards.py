@@ -9,27 +9,22 @@ from __future__ import annotations
 
 import json
 import posixpath
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
 from mmsa_lib import runs
-from mmsa_lib.press.chapters import Book
+from mmsa_lib.press.chapters import Book, below_title
 from mmsa_lib.press.freshness import moved_on
-from mmsa_lib.press.gates import Shelf
+from mmsa_lib.press.reading import soup_of
+from mmsa_lib.press.shelf import Shelf
 
 STATUS, RECORDS = "<!-- generated: status -->", "<!-- generated: records -->"
 NOT_CURRENT = (
     "```{warning}\nThis page is not current. The chapter or something it depends on "
     "has changed since, and the new version could not be built; you see the last good "
     "one.\n```\n"
-)
-_NUMBER = re.compile(r'<data class="rec"[^>]* data-record="(\w+)"[^>]*>.*?</data>')
-_VERDICT = re.compile(r'(<li class="rec"[^>]* data-record="(\w+)"[^>]*>)(.*?)(</li>)')
-_CARD = re.compile(
-    r'(<dl class="run-card"[^>]*data-records="([^"]*)".*?)(</dl>)', re.DOTALL
 )
 _LINES = ("Training time", "Peak memory", "Trained parameters", "Corpus", "Seeds")
 _LINES += ("Hardware", "Commit", "Date")
@@ -94,29 +89,33 @@ class Trace:
                     output["data"]["text/html"] = self._linked(content, name, page)
         if not shown.fresh:
             first = next(c for c in notebook["cells"] if c["cell_type"] == "markdown")
-            title, _, rest = "".join(first["source"]).partition("\n")
-            first["source"] = f"{title}\n\n{NOT_CURRENT}\n{rest}"
+            lines = "".join(first["source"]).split("\n")
+            end = below_title("\n".join(lines))
+            parts = [*lines[:end], "", NOT_CURRENT, *lines[end:]]
+            first["source"] = "\n".join(parts)
         return json.dumps(notebook, indent=1, ensure_ascii=False)
 
     def _linked(self, content: str, name: str, page: str) -> str:
-        def more(match) -> str:
-            own = [self.shelf[i] for i in match[2].split()]
-            rows = "".join(
-                f"<div><dt>{k}</dt><dd>{v}</dd></div>"
-                for k, v in self._card(name, page, own).items()
-            )
-            return match[1] + rows + match[3]
-
-        content = _CARD.sub(more, content)
-        if self.home:
-            content = _NUMBER.sub(lambda m: self._link(m[1], page, m[0]), content)
-            content = _VERDICT.sub(
-                lambda m: m[1] + self._link(m[2], page, m[3]) + m[4], content
-            )
-        return content
-
-    def _link(self, short: str, page: str, text: str) -> str:
-        return f'<a class="rec" href="{self._to(page)}#record-{short}">{text}</a>'
+        """An output with links to its records and the press's lines in run cards."""
+        soup = soup_of(content)
+        cards = soup.select("dl.run-card[data-records]")
+        numbers = soup.select(".rec[data-record]") if self.home else []
+        if not cards and not numbers:
+            return content
+        for card in cards:
+            own = [self.shelf[i] for i in card["data-records"].split()]
+            lines = self._card(name, page, own).items()
+            rows = (f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k, v in lines)
+            card.append(soup_of("".join(rows)))
+        for number in numbers:
+            href = f"{self._to(page)}#record-{number['data-record']}"
+            link = soup.new_tag("a", attrs={"class": "rec", "href": href})
+            if number.name == "li":  # a link may not stand around an item of a list
+                link.extend(list(number.contents))
+                number.append(link)
+            else:
+                number.wrap(link)
+        return soup.decode(formatter="html5")
 
     def _to(self, page: str) -> str:
         return posixpath.relpath(f"{self.home}.html", posixpath.dirname(page))

@@ -1,9 +1,9 @@
 """Find the pages of the book and read its chapters without executing anything.
 
 A page is any file named in ``_toc.yml``. A page whose header has a ``kernelspec`` is a
-chapter: a MyST-Markdown notebook. Its cells are read here with a few lines of our own
-because ``mmsa-book status`` must answer at once and importing jupytext takes over a
-second; a test holds this reader to jupytext's result.
+chapter: a MyST-Markdown notebook. Its cells are read here with jupytext's own parser,
+markdown-it, and not with jupytext, because ``mmsa-book status`` must answer at once and
+importing that takes over a second; a test holds this reader to jupytext's result.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ import ast
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import yaml
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from mdit_py_plugins.front_matter import front_matter_plugin
+from mdit_py_plugins.myst_blocks import myst_block_plugin
 
 from mmsa_lib.errors import BookError, unknown
 from mmsa_lib.files import sha256
 
 STANDARD_PARAMETERS = ("profile", "corpus", "data_dir", "seeds", "device", "epochs")
 UNCLEAR = object()  # the default of a parameter that is not a plain literal
-
-_HEADER = re.compile(r"\A---\n(.*?\n)---\n", re.DOTALL)
-_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)")  # indented: of a list, not a cell
 
 
 @dataclass(frozen=True)
@@ -198,8 +199,9 @@ def open_book(root: Path) -> Book:
 def read_chapter(path: Path, page: str = "") -> Chapter | None:
     """The chapter in a MyST-Markdown file, or None for a page without a kernel."""
     text = path.read_text(encoding="utf-8")
-    header = _HEADER.match(text)
-    meta = (yaml.safe_load(header[1]) or {}) if header else {}
+    found = blocks(text) if text.startswith("---") else []  # most pages have no header
+    header = found[0].content if found and found[0].type == "front_matter" else ""
+    meta = yaml.safe_load(header) or {}
     if "kernelspec" not in meta:
         return None
     if (meta["kernelspec"] or {}).get("language") != "python":
@@ -207,7 +209,7 @@ def read_chapter(path: Path, page: str = "") -> Chapter | None:
             f"{path.name}: the header's kernelspec needs 'language: python', or no "
             "parameters can be set"
         )
-    return Chapter(path.stem, page, path, text, tuple(_cells(text)))
+    return Chapter(path.stem, page, path, text, tuple(_cells(found)))
 
 
 def parse(source: str) -> list[ast.stmt]:
@@ -240,26 +242,29 @@ def _files_of(node) -> Iterator[str]:
             yield from _files_of(child)
 
 
-def _cells(text: str) -> Iterator[Cell]:
-    """Top-level ``{code-cell}`` fences; what stands inside another fence is text."""
-    marker, info, start, body = "", "", 0, []
-    for number, line in enumerate(text.splitlines(), 1):
-        fence = _FENCE.fullmatch(line)
-        if not marker:
-            if fence:
-                marker, start, body = fence[1], number, []
-                info = "" if line.startswith(" ") else fence[2].strip()
-        elif (
-            fence
-            and not fence[2].strip()
-            and fence[1][0] == marker[0]
-            and len(fence[1]) >= len(marker)
-        ):
-            if info.startswith("{code-cell}"):
-                yield _cell(start, body)
-            marker = ""
-        else:
-            body.append(line)
+@cache
+def _parser() -> MarkdownIt:
+    parser = MarkdownIt("commonmark").enable("table").disable("inline", True)
+    return parser.use(front_matter_plugin).use(myst_block_plugin)
+
+
+def blocks(text: str) -> list[Token]:
+    """The blocks of MyST-Markdown, without looking into running text."""
+    return _parser().parse(text + "\n")
+
+
+def below_title(text: str) -> int:
+    """The number of lines up to the end of the first title, 0 if there is none."""
+    titles = (t for t in blocks(text) if t.type == "heading_open" and t.tag == "h1")
+    return next((t.map[1] for t in titles if t.map), 0)
+
+
+def _cells(tokens: list[Token]) -> Iterator[Cell]:
+    """Top-level ``{code-cell}`` fences; what stands inside another block is text."""
+    for token in tokens:
+        fence = token.type == "fence" and token.level == 0
+        if fence and token.info.startswith("{code-cell}"):
+            yield _cell(token.map[0] + 1, token.content.splitlines())
 
 
 def _cell(line: int, body: list[str]) -> Cell:
@@ -270,6 +275,8 @@ def _cell(line: int, body: list[str]) -> Cell:
     else:
         while body and body[0].lstrip().startswith(":"):
             options.append(body.pop(0).lstrip()[1:])
+    if body and not body[0].strip():  # a blank line may follow the options
+        body = body[1:]
     found = (yaml.safe_load("\n".join(options)) or {}) if options else {}
     tags = found.get("tags") or []
     tags = [tags] if isinstance(tags, str) else tags

@@ -1,12 +1,13 @@
-"""The ``mmsa-book`` command: build the book, run a chapter, look at what there is."""
+"""The book's part of ``mmsa-book``: build it, run a chapter, look at what there is.
+
+`mmsa_lib.cli` adds the commands that need modelling code, and is what is started.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -72,7 +73,9 @@ def build(profile: Profile = "quick", jobs: Jobs = 2) -> None:
         failed = set()
         if stale:
             with _progress() as report:
-                outcomes = execute(book, stale, book.build / "records", jobs, report)
+                # the pages' claims are written for the runs of the quick profile
+                place, strict = book.build / "records", profile == "quick"
+                outcomes = execute(book, stale, place, jobs, report, strict)
             for outcome in (o for o in outcomes if not o.ok):
                 failed.add(outcome.chapter)
                 console.print(f"\n[bold red]FAILED[/] {escape(outcome.error)}")
@@ -104,7 +107,8 @@ def gated(book: Book, profile: str, known: list, failed: set[str]):
     Instead of the first, None if a chapter has no good version yet.
     """
     from mmsa_lib.press.cards import Shown, Trace
-    from mmsa_lib.press.gates import Shelf, approve
+    from mmsa_lib.press.gates import approve
+    from mmsa_lib.press.shelf import Shelf
 
     shelf = Shelf((book.root / "results", book.build / "records"))
     bands = book.bands(profile)
@@ -172,7 +176,9 @@ def run(
     """
     from mmsa_lib.press.execute import execute
     from mmsa_lib.press.freshness import Product, State, key_of
-    from mmsa_lib.press.gates import Shelf, check_chapter
+    from mmsa_lib.press.gates import check_chapter
+    from mmsa_lib.press.shelf import Shelf
+    from mmsa_lib.runs.record import place
 
     book = open_book(find_root())
     one = book[chapter]
@@ -196,7 +202,7 @@ def run(
         console.print(f"[yellow]a build would refuse this:[/] {escape(problem)}")
     console.print(f"notebook: {_short(outcome.notebook)}")
     for name in outcome.records:
-        console.print(f"record:   {_short(records / name)}.json")
+        console.print(f"record:   {_short(records / place(chapter, name))}")
 
 
 @app.command()
@@ -222,33 +228,6 @@ def status(profile: Profile = "quick", as_json: AsJson = False) -> None:
             str(len(row["record"]) or ""),
         )
     console.print(table)
-
-
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    add_help_option=False,
-)
-def data(context: typer.Context) -> None:
-    """List the corpora or get one: data list, data get NAME --accept-terms."""
-    from mmsa_lib.press.freshness import data_folder
-
-    # in its own process: corpora load torch, and the press never does
-    done = subprocess.run(
-        [sys.executable, "-m", "mmsa_lib.corpora", *context.args],
-        env=os.environ | {"MMSA_DATA": str(data_folder(open_book(find_root())))},
-    )
-    raise typer.Exit(done.returncode)
-
-
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    add_help_option=False,
-)
-def predict(context: typer.Context) -> None:
-    """Score video files: predict CLIP... --text WORDS --model DIR --json."""
-    # in its own process, as `data`; needs no book
-    command = [sys.executable, "-m", "mmsa_lib.methods", *context.args]
-    raise typer.Exit(subprocess.run(command).returncode)
 
 
 @records_app.command("list")
@@ -307,7 +286,7 @@ def records_show(
 
 @records_app.command("check")
 def records_check() -> None:
-    """Verify every record; fail if one is damaged, edited or misnamed.
+    """Verify every record; fail if one is damaged, edited, misnamed or misplaced.
 
     Says as well which committed records belong to no chapter, were made from code with
     local changes, or by code that has moved on since.
@@ -322,10 +301,10 @@ def records_check() -> None:
             count += 1
             try:
                 record = load(path)
-                if path.stem != f"{record.name}-{record.id[:12]}":
+                if path.relative_to(folder) != record.place:
                     raise RecordError(
-                        f"{path.name} is the record {record.name}-{record.id[:12]}; "
-                        "rename it back"
+                        f"{path.name} is the record {record.place.as_posix()}; move it "
+                        "back there, where pages look for it"
                     )
             except RecordError as error:
                 damaged.append(f"{_short(path.parent)}: {error}")
@@ -406,21 +385,23 @@ def sweep(
     more. With --engine ray the tasks run on a Ray cluster, to which book and library
     travel; real data must lie on the nodes (MMSA_DATA).
     """
-    from mmsa_lib.press import sweep as sweeps
+    from mmsa_lib.press.collect import conclude
+    from mmsa_lib.press.planning import numbers, plan
+    from mmsa_lib.press.sweep import sweep as do
 
     book = open_book(find_root())
     out = (out or book.build / "runs" / "sweep").expanduser().resolve()
-    tasks = sweeps.plan(
+    tasks = plan(
         book,
         chapters or [],
         [name for name in corpora.split(",") if name],
-        sweeps.numbers(seeds),
+        numbers(seeds),
         profile,
         lambda chapter: _parameters(chapter, p or []),
         out / "tasks",
     )
     with _progress() as report:
-        rows = sweeps.sweep(
+        rows = do(
             book,
             tasks,
             jobs=jobs,
@@ -429,7 +410,7 @@ def sweep(
             ray_address=ray_address,
             report=report,
         )
-    summary = sweeps.conclude(rows, out, records and records.expanduser().resolve())
+    summary = conclude(rows, out, records and records.expanduser().resolve())
     table = _table("chapter", "corpus", "seed", "state", "seconds", "test")
     for line in summary.lines:
         table.add_row(*map(escape, line))
@@ -496,6 +477,8 @@ def _join_pairs(arguments: list[str]) -> list[str]:
     while rest:
         word = rest.pop(0)
         joined.append(word)
+        if word == "--":  # what follows are files, whatever they are called
+            return joined + rest
         if word == "-p" and rest:
             name = rest.pop(0)
             if rest and not re.match(r"\w+=", name):
@@ -597,7 +580,3 @@ def main(arguments: list[str] | None = None) -> None:
             "free some space or choose a folder that you may write to."
         )
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -2,10 +2,9 @@
 
 Imports are read from the syntax tree: absolute, relative, ``from mmsa_lib import x``,
 inside functions, and the ``__init__`` of every package on the way. A module that is
-only named in a string (``python -m mmsa_lib.corpora``) counts as well. Where a name is
-only known at run time (``import_module(f"mmsa_lib.corpora.{name}")``) everything it
-could mean counts: a closure may be too large, never too small. What the package itself
-imports when it is asked for a name (its ``__getattr__``) counts where it may be asked.
+only named in a string (``python -m mmsa_lib.press.execute``) counts as well. Where a
+name is only known at run time (``import_module(f"mmsa_lib.corpora.{name}")``)
+everything it could mean counts: a closure may be too large, never too small.
 """
 
 from __future__ import annotations
@@ -20,18 +19,22 @@ from mmsa_lib.errors import BookError
 from mmsa_lib.files import sha256_of
 
 PACKAGE = "mmsa_lib"
+NAMES = (ast.Name, ast.Attribute)
 _DYNAMIC = {"import_module", "__import__"}
+# what may name a module without an import statement: such sources are searched whole
+_UNUSUAL = re.compile(rf"import_module|__import__|[\"']{PACKAGE}\.")
 _NAMED = re.compile(rf"{PACKAGE}(\.\w+)+")
 
 
 def reach(root: Path, code: Iterable[ast.AST]) -> dict[str, str]:
     """Files of the library that `code` reaches, with their sha256.
 
+    code: every node of it, as `every_node` gives them.
     Keys are paths relative to `root`. Beside the modules, the data files in their
     folders count, because a module reads those without naming them in an import.
     """
     modules: dict[Path, None] = {}
-    pending = [p for node in code for p in _targets(root, node, package="")]
+    pending = list(dict.fromkeys(_targets_of(root, code, package="")))
     while pending:
         path = pending.pop()
         if path not in modules:
@@ -40,7 +43,23 @@ def reach(root: Path, code: Iterable[ast.AST]) -> dict[str, str]:
     files = set(modules)
     for folder in {path.parent for path in modules}:
         files |= set(_data_files(folder))
-    return {p.relative_to(root).as_posix(): sha256_of(p) for p in sorted(files)}
+    return {p.relative_to(root).as_posix(): hash_of(p) for p in sorted(files)}
+
+
+def every_node(code: Iterable[ast.AST]) -> list[ast.AST]:
+    """The nodes of some statements, those inside them included."""
+    return [node for statement in code for node in ast.walk(statement)]
+
+
+def hash_of(path: Path) -> str:
+    """sha256 of a file; one that has not been touched since is not read again."""
+    facts = path.stat()
+    return _hash_as_of(path, facts.st_mtime_ns, facts.st_size)
+
+
+@cache
+def _hash_as_of(path: Path, changed: int, size: int) -> str:
+    return sha256_of(path)
 
 
 @cache
@@ -52,33 +71,31 @@ def _imports_of(root: Path, path: Path, source: str) -> tuple[Path, ...]:
     except SyntaxError as error:
         where = path.relative_to(root).as_posix()
         raise BookError(f"{where}, line {error.lineno}: {error.msg}") from error
-    if parts == (PACKAGE, "__init__"):
-        tree.body = [node for node in tree.body if not _is_getattr(node)]
-    return tuple(_targets(root, tree, package))
+    nodes = ast.walk(tree) if _UNUSUAL.search(source) else _statements(tree)
+    return tuple(dict.fromkeys(_targets_of(root, nodes, package)))
 
 
-def _is_getattr(node: ast.AST) -> bool:
-    return isinstance(node, ast.FunctionDef) and node.name == "__getattr__"
+def _statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """Statements at any depth, without the expressions in them: a tenth of the nodes.
+
+    Enough where no import is hidden in an expression.
+    """
+    pending = [tree]
+    while pending:
+        node = pending.pop()
+        yield node
+        for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+            inside = getattr(node, name, ())
+            pending += inside if isinstance(inside, list) else ()
 
 
-def _on_request(root: Path) -> Iterator[Path]:
-    """What the package imports once somebody asks it for a name of its own."""
-    path = root / PACKAGE / "__init__.py"
-    body = ast.parse(path.read_text(encoding="utf-8")).body if path.is_file() else ()
-    for node in filter(_is_getattr, body):
-        yield from _targets(root, node, PACKAGE)
-
-
-def _targets(root: Path, tree: ast.AST, package: str) -> Iterator[Path]:
-    """Module files that the imports in `tree` name; `package` resolves the dots."""
+def _targets_of(root: Path, nodes: Iterable[ast.AST], package: str) -> Iterator[Path]:
+    """Module files that imports among `nodes` name; `package` resolves the dots."""
     called = set()
-    for node in ast.walk(tree):  # a call comes before the name that it calls
+    for node in nodes:  # a call comes before the name that it calls
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield from _module(root, alias.name)
-                bound = alias.name if alias.asname else alias.name.split(".")[0]
-                if bound == PACKAGE:
-                    yield from _on_request(root)
         elif isinstance(node, ast.ImportFrom):
             base = _absolute(node.module or "", node.level, package)
             yield from _module(root, base)
@@ -88,10 +105,7 @@ def _targets(root: Path, tree: ast.AST, package: str) -> Iterator[Path]:
                 elif alias.name in _DYNAMIC and alias.asname:
                     yield from _everything(root, PACKAGE)
                 else:
-                    inside = list(_module(root, f"{base}.{alias.name}"))
-                    yield from inside
-                    if base == PACKAGE and len(inside) < 2:  # a name, no module
-                        yield from _on_request(root)
+                    yield from _module(root, f"{base}.{alias.name}")
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             if _NAMED.fullmatch(node.value):
                 yield from _module(root, f"{node.value}.__main__")
@@ -100,7 +114,9 @@ def _targets(root: Path, tree: ast.AST, package: str) -> Iterator[Path]:
         ):
             called.add(node.func)
             yield from _dynamic(root, node.args[0], package)
-        elif name_of(node) in _DYNAMIC and node not in called:
+        elif (
+            isinstance(node, NAMES) and name_of(node) in _DYNAMIC and node not in called
+        ):
             yield from _everything(root, PACKAGE)
 
 
@@ -140,8 +156,6 @@ def _dynamic(root: Path, argument: ast.expr, package: str) -> Iterator[Path]:
     """A module named at run time: exact for a literal, else all it could be."""
     if isinstance(argument, ast.Constant):
         name = str(argument.value)
-        if name == PACKAGE:
-            yield from _on_request(root)
         dots = len(name) - len(name.lstrip("."))
         yield from _module(root, _absolute(name[dots:], dots, package))
         return

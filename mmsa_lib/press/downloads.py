@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 
 from mmsa_lib.files import write_atomic
+from mmsa_lib.press.chapters import below_title
 
 FOLDER = "_build/downloads"  # below the staging folder; Sphinx looks for no pages here
 
-_TITLE = re.compile(r"^# .*$", re.MULTILINE)
 _LINKS = """
-
 ```{{container}} downloads
 {{download}}`Notebook </{folder}/{name}.ipynb>`
 {{download}}`Executed notebook </{folder}/{name}-executed.ipynb>`
 {{download}}`Source </{folder}/{name}.md>`
-```
-"""
+```"""
 
 
 def clean(source: str) -> str:
@@ -47,10 +44,10 @@ def offer(stage: Path, source: Path, staged: Path) -> None:
     shutil.copyfile(staged, folder / f"{name}-executed.ipynb")
     notebook = nbformat.reads(staged.read_text(encoding="utf-8"), as_version=4)
     for cell in notebook.cells:
-        title = _TITLE.search(cell.source) if cell.cell_type == "markdown" else None
-        if title:
+        end = below_title(cell.source) if cell.cell_type == "markdown" else 0
+        if end:
             links = _LINKS.format(folder=FOLDER, name=name)
-            end = title.end()
-            cell.source = cell.source[:end] + links + cell.source[end:]
+            lines = cell.source.split("\n")
+            cell.source = "\n".join([*lines[:end], links, *lines[end:]])
             break
     write_atomic(staged, nbformat.writes(notebook) + "\n")

@@ -1,7 +1,7 @@
 """Execute chapters with papermill, each in its own process, and say what failed.
 
-The parent starts ``python -m mmsa_lib.press.execute`` once a chapter, writes a job to
-its standard input and reads events from its standard output, one JSON line each. The
+The parent starts ``python -P -m mmsa_lib.press.execute`` once a chapter, writes a job
+to its standard input and reads events from its standard output, one JSON line each. The
 child lives only as long as that pipe: kill the parent and no orphan goes on computing.
 """
 
@@ -22,6 +22,7 @@ from pathlib import Path
 from mmsa_lib.files import write_atomic
 from mmsa_lib.press.chapters import Book, Chapter
 from mmsa_lib.press.freshness import State, closure_hash, data_folder
+from mmsa_lib.runs.record import named
 
 KERNEL = "mmsa-book"  # our own kernelspec, so that no other "python3" can be taken
 HIDDEN = "hide-input"
@@ -47,18 +48,21 @@ def execute(
     records: Path,
     jobs: int = 2,
     report: Callable[[str, dict], None] = lambda chapter, event: None,
+    strict: bool = False,
 ) -> list[Outcome]:
     """Execute chapters, `jobs` at a time; one that fails does not stop the others.
 
     records: the folder where run records are written.
     report: called with a chapter's name and each of its events.
+    strict: a claim that does not hold fails its chapter, see `runs.claim`.
     """
     stale = list(stale)
     _write_kernelspec(book)
     with ThreadPoolExecutor(max(jobs, 1)) as pool:
         running = _Children()
         futures = [
-            pool.submit(_one, book, state, records, report, running) for state in stale
+            pool.submit(_one, book, state, records, report, running, strict)
+            for state in stale
         ]
         try:
             return [future.result() for future in futures]
@@ -88,7 +92,9 @@ class _Children:
                 process.kill()
 
 
-def _one(book, state: State, records: Path, report, running: _Children) -> Outcome:
+def _one(
+    book, state: State, records: Path, report, running: _Children, strict: bool
+) -> Outcome:
     chapter, began = state.chapter, time.time()
     log = book.build / "logs" / f"{chapter.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -96,13 +102,13 @@ def _one(book, state: State, records: Path, report, running: _Children) -> Outco
     report(chapter.name, {"event": "start"})
     with log.open("w", encoding="utf-8") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mmsa_lib.press.execute"],
+            [sys.executable, "-P", "-m", "mmsa_lib.press.execute"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stream,
             text=True,
             encoding="utf-8",
-            env=_environment(book, state, records),
+            env=_environment(book, state, records, strict),
             cwd=chapter.path.parent,  # as in JupyterLab
             start_new_session=True,  # Ctrl-C reaches us, and we end the child
         )
@@ -147,8 +153,7 @@ def _one(book, state: State, records: Path, report, running: _Children) -> Outco
 
 def _records_of(chapter: Chapter, folder: Path) -> set[str]:
     """Names of the record files that a chapter wrote."""
-    mark = f'"chapter": "{chapter.name}"'
-    return {p.stem for p in folder.rglob("*.json") if mark in p.read_text("utf-8")}
+    return {path.stem for path in named(folder, chapter=chapter.name)}
 
 
 def _events(stream) -> Iterator[dict]:
@@ -157,7 +162,9 @@ def _events(stream) -> Iterator[dict]:
             yield json.loads(line.removeprefix(_MARK))
 
 
-def _environment(book: Book, state: State, records: Path) -> dict[str, str]:
+def _environment(
+    book: Book, state: State, records: Path, strict: bool
+) -> dict[str, str]:
     """What a chapter's kernel sees; the user's own settings of threads stand."""
     env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}
     env.setdefault("OMP_NUM_THREADS", "1")
@@ -172,6 +179,7 @@ def _environment(book: Book, state: State, records: Path) -> dict[str, str]:
         "MMSA_CHAPTER_SHA": state.chapter.sha256,
         "MMSA_CLOSURE_SHA": closure_hash(state.key),
         "MMSA_PROFILE": state.profile,
+        **({"MMSA_STRICT": "1"} if strict else {}),
     }
 
 

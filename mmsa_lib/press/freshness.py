@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mmsa_lib.files import digest, sha256, sha256_of, write_atomic
 from mmsa_lib.press.chapters import Book, Chapter, parse
-from mmsa_lib.press.closure import name_of, reach
+from mmsa_lib.press.closure import NAMES, every_node, hash_of, name_of, reach
 from mmsa_lib.runs import RunRecord, package_sha256
 
 
@@ -122,7 +122,7 @@ def state(
 
 def key_of(book: Book, chapter: Chapter, parameters: dict) -> dict:
     """Every input of a chapter by name, with its hash or value."""
-    code = [node for cell in chapter.cells for node in parse(cell.source)]
+    code = every_node(n for cell in chapter.cells for n in parse(cell.source))
     return {
         "chapter": chapter.sha256,
         "parameters": {k: repr(v) for k, v in sorted(parameters.items())},
@@ -153,7 +153,9 @@ def moved_on(book: Book) -> Callable[[RunRecord], bool]:
         if chapter not in book.chapters:
             return ""
         cells = book[chapter].cells
-        return digest(reach(book.root, [n for c in cells for n in parse(c.source)]))
+        return digest(
+            reach(book.root, every_node(n for c in cells for n in parse(c.source)))
+        )
 
     return lambda record: record.code.get("closure_sha256") != now(record.chapter)
 
@@ -162,10 +164,10 @@ def moved_on(book: Book) -> Callable[[RunRecord], bool]:
 _QUERIES = {"find": "name", "committed": "chapter"}
 
 
-def _files(root: Path, chapter: str, code: list[ast.stmt]) -> dict[str, str]:
+def _files(root: Path, chapter: str, code: list[ast.AST]) -> dict[str, str]:
     """Files outside the library that a chapter may show.
 
-    Records of ``results/``: its own, those of the names and chapters that it asks for
+    Records of ``results/``, told by folder and name: its own, those that it asks for
     (``runs.find("late-fusion")``, ``runs.committed("baselines")``), or all of them if
     that is not plain to see: the argument is no literal, the function goes by another
     name, or the code uses ``load_all`` or the folder itself (a literal "results").
@@ -173,7 +175,7 @@ def _files(root: Path, chapter: str, code: list[ast.stmt]) -> dict[str, str]:
     """
     words, everything = set(), False
     asked, called = {"name": set(), "chapter": {chapter}}, set()
-    for node in (n for statement in code for n in ast.walk(statement)):
+    for node in code:
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             words |= set(node.value.split("/"))
         elif isinstance(node, ast.alias):
@@ -184,24 +186,23 @@ def _files(root: Path, chapter: str, code: list[ast.stmt]) -> dict[str, str]:
             if first and isinstance(first[0], ast.Constant):
                 called.add(node.func)
                 asked[kind].add(first[0].value)
-        elif name_of(node) in _QUERIES:
-            everything |= node not in called
-        else:
-            everything |= name_of(node) == "load_all"
+        elif isinstance(node, NAMES):
+            name = name_of(node)
+            everything |= name == "load_all"
+            everything |= name in _QUERIES and node not in called
     everything |= bool(words & {"results", "load_all", *_QUERIES})
     found = {}
     for path in sorted((root / "results").rglob("*.json")):
-        content = path.read_bytes()
         if (
             everything
             or path.stem.rpartition("-")[0] in asked["name"]
-            or any(f'"chapter": "{c}"'.encode() in content for c in asked["chapter"])
+            or path.parent.name in asked["chapter"]
         ):
-            found[path.relative_to(root).as_posix()] = sha256(content)
+            found[path.relative_to(root).as_posix()] = hash_of(path)
     for path in sorted((root / "book").rglob("*")):
         inside = path.relative_to(root / "book").parts
         if path.is_file() and path.suffix != ".md" and words & set(inside):
-            found[path.relative_to(root).as_posix()] = sha256_of(path)
+            found[path.relative_to(root).as_posix()] = hash_of(path)
     return found
 
 

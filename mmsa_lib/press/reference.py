@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 MARK = "<!-- library reference -->"
 LAYERS = (
     *("errors", "corpora", "nets", "methods", "training", "metrics", "statistics"),
-    *("runs", "figures", "press"),
+    *("runs", "figures", "predict", "clip_training", "cli", "press"),
 )
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+.!|$~@^&-])")

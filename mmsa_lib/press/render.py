@@ -23,7 +23,7 @@ from mmsa_lib.files import digest, sha256, sha256_of, write_atomic
 from mmsa_lib.press.cards import Trace
 from mmsa_lib.press.chapters import Book
 from mmsa_lib.press.downloads import offer
-from mmsa_lib.press.gates import check_pages
+from mmsa_lib.press.pages import check_pages
 
 _TROUBLE = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b|[Ee]rror:|Traceback")
 
@@ -154,7 +154,7 @@ def _jupyter_book(book: Book, stage: Path) -> Path:
     reading, writing = os.pipe()
     try:
         done = subprocess.run(
-            [sys.executable, "-c", program, *arguments],
+            [sys.executable, "-P", "-c", program, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=reading,
