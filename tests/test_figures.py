@@ -339,6 +339,21 @@ def test_reference_names_a_line_on_either_axis():
     assert (left.texts[0].get_text(), right.texts[0].get_text()) == ("floor", "ceiling")
 
 
+def test_intervals_draw_ends_and_estimate_and_a_label_stands_beside_its_place():
+    _, (first, second) = figures.canvas(1, 2)
+    rows = {"clips": {"estimate": 0.6, "low": 0.5, "high": 0.8, "half": 0.15}}
+    figures.intervals(first, rows)
+    figures.intervals(second, rows, names=False)
+    assert first.collections[0].get_segments()[0][:, 0].tolist() == [0.5, 0.8]
+    assert first.lines[0].get_xdata().tolist() == [0.6]
+    named = [[t.get_text() for t in ax.get_yticklabels()] for ax in (first, second)]
+    assert named == [["clips"], [""]] and first.yaxis_inverted()
+    figures.label(first, "here", (0.6, 0), (3, 4), figures.OKABE_ITO["yellow"])
+    text = first.texts[0]
+    assert (text.xy, text.get_position()) == ((0.6, 0), (3, 4))
+    assert figures.contrast(text.get_color()) >= 4.5
+
+
 def test_plots_without_reference_lines_stay_quiet():
     _, ax = figures.canvas()
     with warnings.catch_warnings():

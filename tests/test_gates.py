@@ -141,6 +141,7 @@ def test_a_cell_that_was_not_executed(gate):
         ("runs.say('x')\na = 1", "runs.say in line 1"),
         ("if real:\n    runs.table(r, c)", "runs.table in line 2"),
         ("runs.verdict(v)\nrun()", "runs.verdict in line 1"),
+        ("runs.claim(a < b, 'x')\nrun()", "runs.claim in line 1"),
         ("runs.say('x')", ""),
         ("def f():\n    runs.say('x')\n'y'", ""),
         ("display(runs.say('x'))\ntable()", ""),

@@ -141,6 +141,9 @@ def test_committed_runs_are_of_one_text(book, monkeypatch):
         monkeypatch.setenv("MMSA_CHAPTER_SHA", text)
         made = page.pick(f"floor-{text}", constants(CORPUS))
         runs.save(runs.seal(replace(made, id="", created=f"{year}-01-01")))
+    monkeypatch.setenv("MMSA_CHAPTER_SHA", "newest")  # which only compares these
+    (made,) = page.judge([("floor-new", "floor-old")])
+    runs.save(runs.seal(replace(made, id="", created="2032-01-01")))
     found = page.committed()
     assert set(found) == {"floor-new"}
     with pytest.raises(UnknownNameError, match="toys on mosi"):
