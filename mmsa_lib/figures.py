@@ -145,6 +145,8 @@ def canvas(
     """
     style()
     figure = Figure(figsize=(width, height))
+    if columns > 1:  # names at the ends of lines keep clear of the next panel
+        figure.get_layout_engine().set(wspace=0.06)
     return figure, figure.subplots(rows, columns, **kw)
 
 
