@@ -222,27 +222,33 @@ class Study:
 
     # ------------------------------------------------------------ telling
 
+    def history(self, name: str, key: str) -> list[list[float]]:
+        """A number of every epoch of an arm, such as "valid": one row per seed."""
+        return [[row[key] for row in f.history] for f in self.frozen[name]]
+
     def judge(
         self,
-        pairs: Iterable[tuple[str, str]],
+        pairs: Iterable[tuple[str, ...]],
         *,
         of: Mapping[str, RunRecord] | None = None,
         metric: str | None = None,
     ) -> list[RunRecord]:
         """Paired comparisons of arms by name: one family, p adjusted by Holm's method.
 
+        pairs    (a, b), or (a, b, metric) where a pair has its own
         of       the records, by name; default: this page's
         metric   default: the task's
         """
         found = of if of is not None else {r.name: r for r in self.records}
         metric = metric or self.metric.removeprefix("test.")
         raw = []
-        for a, b in pairs:
+        for a, b, *own in pairs:
             for name in (a, b):
                 if name not in found:
                     raise unknown("record to compare", name, found)
             names = (self.titles.get(a, a), self.titles.get(b, b))
-            raw.append(runs.compare(found[a], found[b], metric, names=names))
+            key = own[0] if own else metric
+            raw.append(runs.compare(found[a], found[b], key, names=names))
         several_seeds = bool(raw) and len(raw[0].seeds) > 1
         judged = runs.holm(*raw) if len(raw) > 1 and several_seeds else raw
         return [self.keep(r) for r in judged]
