@@ -132,10 +132,12 @@ class Book:
         None under a profile without a file, such as one of ``-p profile NAME``. Raises
         `BookError` for a section that is wrong anywhere, whatever the chapter.
         """
-        if not (self.root / "book" / "profiles" / f"{profile}.yml").is_file():
+        path = self.root / "book" / "profiles" / f"{profile}.yml"
+        if not path.is_file():
             return {}
-        where = f"book/profiles/{profile}.yml, plans"
-        found = _mapping(where, self._profile(profile).get("plans") or {})
+        where = f"book/profiles/{path.name}, plans"
+        content = _read_yaml(path.read_text(encoding="utf-8")) or {}
+        found = _mapping(where, content.get("plans") or {})
         for name, plans in found.items():
             if name not in self.chapters:
                 raise BookError(f"{where}: {unknown('chapter', name, self.chapters)}")
@@ -148,7 +150,7 @@ class Book:
         known = {p.stem: p for p in folder.glob("*.yml")}
         if name not in known:
             raise unknown("profile", name, known)
-        content = _read_yaml(known[name].read_text(encoding="utf-8")) or {}
+        content = yaml.safe_load(known[name].read_text(encoding="utf-8")) or {}
         keys = ["all", "chapters", "bands", "plans"]
         for key in content:
             if key not in keys:
