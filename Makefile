@@ -22,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
-	@echo "make lint   check the style of the code, chapter cells included"
+	@echo "make lint   check style and types of the code, chapter cells included"
 	@echo "make clean  remove what builds have made (not the environment)"
 
 book: $(STAMP)
@@ -41,6 +41,7 @@ lab: $(STAMP)
 lint: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/ty check mmsa_lib
 	@$(BIN)/python scripts/lint_chapters.py
 
 clean: $(STAMP)

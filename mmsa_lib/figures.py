@@ -16,6 +16,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
@@ -65,7 +66,7 @@ RC = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
-    "axes.prop_cycle": mpl.cycler(color=list(OKABE_ITO.values())[:7]),
+    "axes.prop_cycle": cycler(color=list(OKABE_ITO.values())[:7]),
     "image.cmap": "cividis",
     "lines.linewidth": 1.8,
     "svg.hashsalt": "mmsa",  # equal figures give equal bytes

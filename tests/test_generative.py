@@ -149,8 +149,10 @@ def page(tmp_path_factory):
     patch.setenv("MMSA_RECORDS", str(tmp_path_factory.mktemp("records")))
     names = {"display": lambda *shown: None} | CHAPTER.parameters
     names["device"] = "cpu"
-    cells(names, "figures.style()", "four = keep(", "def counts(", "def agree(")
-    cells(names, "def written(score)", "pieces =", "def best_case", "def wrong_tokens")
+    cells(names, "figures.style()", "study = Study(", "reported = yaml", "four = study")
+    cells(names, "def counts(", "def agree(")
+    cells(names, "def written(score)", "def thinker(", "pieces =")
+    cells(names, "assert 609", "def best_case", "anywhere =", "def wrong_tokens")
     yield names
     patch.undo()
 
@@ -209,12 +211,13 @@ def test_mistakes_change_the_loss_and_only_the_named_place(page):
 
 
 def test_peak_counts_what_is_alive_at_once(page):
-    cells(page, "class Alive")  # ends in assertions
+    # the last cell holds assertions
+    cells(page, "class Alive", "def peak(", "torch.zeros(2**18) + 1")
 
 
 def test_solutions_of_the_exercises(page):
     valid = page["data"].valid
     said = Answers(valid.ids, ["+0.0"] * len(valid), np.zeros(len(valid)))
     page["writer"] = SimpleNamespace(body=page["model"])  # trained on the page
-    page["answers"] = {("writer", page["seeds"][-1]): {"valid": said}}
+    page["answers"] = {("writer", page["once"][-1]): {"valid": said}}
     cells(page, "draws = np", "one = np.mean(", "def soft(", "def colleague")

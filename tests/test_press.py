@@ -209,6 +209,62 @@ def test_profiles_know_their_chapters_and_parameters(tmp_path):
         open_book(root).profile("quik")
 
 
+def test_plans_are_part_of_the_key_of_their_chapter_only(tmp_path, capsys, monkeypatch):
+    root = make_project(tmp_path, {"a": chapter("A", "1"), "b": chapter("B", "1")})
+    monkeypatch.chdir(root)
+    quick = root / "book/profiles/quick.yml"
+
+    def write(plans, name="quick"):
+        text = f"all: {{profile: {name}}}\nplans: {plans}\n"
+        (root / f"book/profiles/{name}.yml").write_text(text)
+
+    def reasons():
+        code, printed = mmsa_book(capsys, "status", "--json")
+        assert code == 0
+        return {row["chapter"]: row["reasons"] for row in json.loads(printed)}
+
+    for state in states(open_book(root), "quick"):  # a key that knows no plans yet
+        old = {k: v for k, v in state.key.items() if k != "plans"}
+        state.product.write("executed", {"key": old, "seconds": 1.0})
+    assert reasons() == {"a": [], "b": []}
+    write("{a: {puppets: {epochs: 3}, mosi: {epochs: 5, lr: 0.1}}, b: {}}")
+    plans = open_book(root).plans("quick", "a")
+    assert plans == {"puppets": {"epochs": 3}, "mosi": {"epochs": 5, "lr": 0.1}}
+    assert open_book(root).plans("quick", "b") == {}
+    added = [f"plans {n} added" for n in ("mosi.epochs", "mosi.lr", "puppets.epochs")]
+    assert reasons() == {"a": added, "b": []}
+    for state in states(open_book(root), "quick"):
+        state.product.write("executed", {"key": state.key, "seconds": 1.0})
+    assert reasons() == {"a": [], "b": []}
+    write("{a: {mosi: {lr: 0.1, epochs: 5}, puppets: {epochs: 3}}}")  # the same
+    assert reasons() == {"a": [], "b": []}
+    write("{a: {puppets: {epochs: 4}, mosi: {epochs: 5}}, b: {puppets: {epochs: 1}}}")
+    changed = ["plans mosi.lr gone", "plans puppets.epochs 3 -> 4"]
+    assert reasons() == {"a": changed, "b": ["plans puppets.epochs added"]}
+    write("{a: {puppets: {epochs: 3}, mosi: {epochs: 5, lr: 0.1}, mosei: {}}}")
+    assert reasons() == {"a": ["plans mosei added"], "b": []}
+    write("{a: {puppets: {epochs: 4}, mosi: {epochs: 5}}}")
+    assert reasons() == {"a": changed, "b": []}
+    write("{a: {puppets: {epochs: 9}}}", "full")  # of another profile: nothing
+    assert reasons()["a"] == changed
+    assert open_book(root).plans("full", "a") == {"puppets": {"epochs": 9}}
+    assert open_book(root).plans("mine", "a") == {}
+
+    for wrong, problem in {
+        "[a]": "plans: plans are {chapter: {corpus: {epochs: 3, ...}}}; found ['a']",
+        "{aa: {}}": "plans: unknown chapter 'aa'. Did you mean 'a'? Known: a, b.",
+        "{a: [3]}": "plans, a: plans are {chapter: {corpus: ",
+        "{b: {puppets: 3}}": "plans, b, puppets: plans are {chapter: ",
+        "{b: {puppets: }}": "plans, b, puppets: plans are {chapter: ",
+        "{a: {puppets: {lr: 1e-3}}}": "YAML reads lr 1e-3 as a word; write 1.0e-3",
+    }.items():
+        write(wrong)
+        code, printed = mmsa_book(capsys, "status")
+        assert code == 1
+        assert f"error: {quick.relative_to(root)}, plans" in printed
+        assert problem in printed
+
+
 # ---------------------------------------------------------------- closure
 
 

@@ -156,6 +156,13 @@ def test_tasks_are_chapters_times_seeds_times_corpora(tmp_path):
         "toy a seed 5",
         "toy a seed 6",
     ]
+    # the plans are those of the profile that the chapter is told
+    assert plan(root)[0].state.key["plans"] == {}
+    text = "all: {seeds: [5]}\nplans: {toy: {a: {epochs: 9}}}\n"
+    (root / "book/profiles/full.yml").write_text(text)
+    (task,) = plan(root, seeds=[5], profile="full")
+    assert task.state.key["plans"] == {"a.epochs": "9"}
+    assert task.state.profile == "full"
     # a chapter without seeds and corpus is one task if it is asked for by name
     assert [t.label for t in plan(root, ["plain"])] == ["plain"]
     # another key, another folder: nothing stale is taken for done

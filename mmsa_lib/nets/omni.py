@@ -109,9 +109,9 @@ def tiny_config(tokenizer, **text):
         video_token_index=ids("<|VIDEO|>"),
         audio_start_token_id=ids("<|audio_bos|>"),
         audio_end_token_id=ids("<|audio_eos|>"),
-        vision_start_token_id=ids("<|vision_bos|>"),
-        vision_end_token_id=ids("<|vision_eos|>"),
-        pad_token_id=ids("<|endoftext|>"),
+        vision_start_token_id=ids("<|vision_bos|>"),  # ty: ignore[unknown-argument]
+        vision_end_token_id=ids("<|vision_eos|>"),  # ty: ignore[unknown-argument]
+        pad_token_id=ids("<|endoftext|>"),  # ty: ignore[unknown-argument]
     )
 
 

@@ -126,6 +126,25 @@ class Book:
                     _check_band(f"{name}.yml, {chapter}, {record}, {path}", band)
         return found
 
+    def plans(self, profile: object, chapter: str) -> dict[str, dict[str, object]]:
+        """How a chapter trains on each corpus: ``{corpus: {name: value}}``.
+
+        None under a profile without a file, such as one of ``-p profile NAME``. Raises
+        `BookError` for a section that is wrong anywhere, whatever the chapter.
+        """
+        path = self.root / "book" / "profiles" / f"{profile}.yml"
+        if not path.is_file():
+            return {}
+        where = f"book/profiles/{path.name}, plans"
+        content = _read_yaml(path.read_text(encoding="utf-8")) or {}
+        found = _mapping(where, content.get("plans") or {})
+        for name, plans in found.items():
+            if name not in self.chapters:
+                raise BookError(f"{where}: {unknown('chapter', name, self.chapters)}")
+            for corpus, plan in _mapping(f"{where}, {name}", plans or {}).items():
+                _check_plan(f"{where}, {name}, {corpus}", plan)
+        return found.get(chapter) or {}
+
     def _profile(self, name: str) -> dict:
         folder = self.root / "book" / "profiles"
         known = {p.stem: p for p in folder.glob("*.yml")}
@@ -139,11 +158,35 @@ class Book:
         return content
 
 
+@cache  # every chapter asks
+def _read_yaml(text: str) -> dict | None:
+    return yaml.safe_load(text)
+
+
 def _check_band(where: str, band: object) -> None:
     numbers = isinstance(band, list) and len(band) == 2
     numbers = numbers and all(isinstance(end, (int, float)) for end in band)
     if not numbers or band[0] > band[1]:
         raise BookError(f"{where}: a band is [low, high]; found {band!r}")
+
+
+def _mapping(where: str, value: object) -> dict:
+    if not isinstance(value, dict):
+        raise BookError(
+            f"{where}: plans are {{chapter: {{corpus: {{epochs: 3, ...}}}}}}; found "
+            f"{value!r}"
+        )
+    return value
+
+
+def _check_plan(where: str, plan: object) -> None:
+    for name, value in _mapping(where, plan).items():
+        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value):
+            first, *rest = re.split("[eE]", value)
+            raise BookError(
+                f"{where}: YAML reads {name} {value} as a word; write "
+                f"{first}.0e{rest[0]}"
+            )
 
 
 def find_root(start: Path | None = None) -> Path:

@@ -277,7 +277,8 @@ def records_show(
     found = [r for r in known if r.id.startswith(which) or r.name == which]
     if not found:
         raise unknown("record", which, {r.name for r in known})
-    shown = asdict(max(found, key=lambda r: r.created))
+    newest = max(found, key=lambda r: r.created)
+    shown = asdict(newest)
     for entry in shown["per_seed"]:
         if "predictions" in entry:
             entry["predictions"] = f"({len(entry['predictions'])} values)"

@@ -126,11 +126,23 @@ def key_of(book: Book, chapter: Chapter, parameters: dict) -> dict:
     return {
         "chapter": chapter.sha256,
         "parameters": {k: repr(v) for k, v in sorted(parameters.items())},
+        "plans": _plans(book, chapter, chapter.parameters | parameters),
         "library": reach(book.root, code),
         "files": _files(book.root, chapter.name, code),
         "corpus": _cards(book, chapter.parameters | parameters),
         "lock": _hash_if_there(book.root / "constraints.txt"),
         "python": platform.python_version(),
+    }
+
+
+def _plans(book: Book, chapter: Chapter, parameters: dict) -> dict[str, str]:
+    """The chapter's own plans under the profile that it is told, value by value."""
+    plans = book.plans(parameters.get("profile"), chapter.name)
+    found = {corpus: "{}" for corpus, plan in plans.items() if not plan}
+    return found | {
+        f"{corpus}.{name}": repr(value)
+        for corpus, plan in plans.items()
+        for name, value in plan.items()
     }
 
 
@@ -230,8 +242,9 @@ def _changes(old: dict, new: dict) -> Iterator[str]:
     """One phrase for each input that differs."""
     if old.get("chapter") != new["chapter"]:
         yield "chapter source edited"
-    for group in ("parameters", "library", "files", "corpus"):
-        label = "parameter " if group == "parameters" else ""
+    labels = {"parameters": "parameter ", "plans": "plans "}
+    for group in ("parameters", "plans", "library", "files", "corpus"):
+        label = labels.get(group, "")
         before, after = old.get(group) or {}, new[group]
         for name in sorted(before.keys() | after.keys()):
             if name not in after:
@@ -239,8 +252,8 @@ def _changes(old: dict, new: dict) -> Iterator[str]:
             elif name not in before:
                 yield f"{label}{name} added"
             elif before[name] != after[name]:
-                if group == "parameters":
-                    yield f"parameter {name} {before[name]} -> {after[name]}"
+                if group in labels:
+                    yield f"{label}{name} {before[name]} -> {after[name]}"
                 else:
                     yield f"{name} edited"
     if old.get("lock") != new["lock"]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent
+from typing import TypeGuard
 
 PACKAGE = Path(__file__).resolve().parent.parent
 MARK = "<!-- library reference -->"
@@ -177,7 +178,8 @@ def _names(node: ast.stmt) -> Iterator[str]:
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         found = [node.name]
     elif isinstance(node, ast.Assign):
-        found = [n.id for t in node.targets for n in ast.walk(t) if _is_name(n)]
+        inside = (n for t in node.targets for n in ast.walk(t))
+        found = [n.id for n in inside if _is_name(n)]
     elif isinstance(node, ast.AnnAssign) and _is_name(node.target):
         found = [node.target.id]
     else:
@@ -185,7 +187,7 @@ def _names(node: ast.stmt) -> Iterator[str]:
     yield from (name for name in found if not name.startswith("_"))
 
 
-def _is_name(node: ast.AST) -> bool:
+def _is_name(node: ast.AST) -> TypeGuard[ast.Name]:
     return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
 
 
@@ -226,7 +228,8 @@ def _class(node: ast.ClassDef, links) -> str:
     doc = ast.get_docstring(node) or ""
     bases = [ast.unparse(b) for b in node.bases]
     fields = [f for f in node.body if isinstance(f, ast.AnnAssign) if list(_names(f))]
-    init = next((f for f in node.body if getattr(f, "name", "") == "__init__"), None)
+    functions = (f for f in node.body if isinstance(f, ast.FunctionDef))
+    init = next((f for f in functions if f.name == "__init__"), None)
     names, signature = (), ""
     if any("dataclass" in ast.unparse(d) for d in node.decorator_list):
         names = tuple(f.target.id for f in fields)

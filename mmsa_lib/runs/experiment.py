@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from mmsa_lib.files import sha256
 from mmsa_lib.runs.record import (
@@ -25,7 +26,7 @@ from mmsa_lib.runs.record import (
 
 def experiment(
     name: str,
-    train: Callable[[int], object],
+    train: Callable[[int], Any],
     corpus,
     seeds: Sequence[int],
     *,

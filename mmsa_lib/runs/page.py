@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -171,7 +171,7 @@ def table(
     names: Mapping[str, str] | None = None,
     digits: Mapping[str, int] | None = None,
     caption: str = "",
-    sd: Iterable[str] = ("test.mae",),
+    sd: Sequence[str] = ("test.mae",),
     **numbers: Number | Given,
 ):
     """An HTML table, one row a record, one column a field, every number marked.
@@ -281,7 +281,7 @@ def facts(records: Iterable[RunRecord]) -> dict[str, str]:
     def known(key: str) -> list:
         return [r.resources[key] for r in records if r.resources.get(key) is not None]
 
-    def span(values: Iterable) -> str:
+    def span(values: list) -> str:
         ends = [min(values), max(values)] if values else []
         return " to ".join(f"{v:,}" for v in dict.fromkeys(ends)) or UNDEFINED
 
