@@ -132,6 +132,18 @@ def test_several_tasks_are_trained_and_judged_together():
     assert json.dumps(record.per_seed)  # plain values only
 
 
+def test_a_pair_may_have_its_own_metric_and_history_is_by_seed():
+    page = started(seeds=[0, 1])
+    for name in ("a", "b"):
+        page.train(name, build)
+    own, usual = page.judge([("a", "b", "corr"), ("a", "b")])
+    assert own.rows[0]["metric"] == "corr"
+    assert usual.rows[0]["metric"] == "mae"
+    rows = page.history("a", "valid")
+    assert [len(row) for row in rows] == [2, 2]
+    assert rows[0] == [row["valid"] for row in page.frozen["a"][0].history]
+
+
 def test_committed_runs_are_of_one_text(book, monkeypatch):
     page = started(seeds=[0])
     monkeypatch.setenv("MMSA_CHAPTER", "toys")

@@ -149,7 +149,7 @@ def last_gradient(slope: Tensor, z: Tensor) -> Tensor:
     slope (..., N, o): derivative of the loss at the outputs; z (..., N, D): inputs of
     the layer -> (..., o, D). Differentiable in both, without double backward.
     """
-    return slope.transpose(-1, -2) @ z
+    return slope.transpose(-1, -2) @ z  # (..., o, N) @ (..., N, D) -> (..., o, D)
 
 
 def direction_loss(b: Tensor, cosine: Tensor) -> Tensor:
@@ -245,13 +245,13 @@ class Classifiers(nn.Module):
         rows = []
         for m, h in hidden.items():
             if m in self.bones:
-                h = self.bones[m](h, masks[m], read="first")
+                h = self.bones[m](h, masks[m], read="first")  # (B, T_m, D) -> (B, D)
             elif h.ndim == 3:
                 mask = masks[m]
-                h = h.mean(1) if mask is None else masked_mean(h, mask)
-            h = flat(h)
-            rows.append(self.maps[m](h) if m in self.maps else h)
-        h = torch.stack(rows)
+                h = h.mean(1) if mask is None else masked_mean(h, mask)  # (B, D)
+            h = flat(h)  # (N, D)
+            rows.append(self.maps[m](h) if m in self.maps else h)  # (N, D')
+        h = torch.stack(rows)  # (M, N, D')
         if not self.maps:
             h = self.inner(h)
         z = F.relu(self.inner(h))
@@ -457,8 +457,8 @@ class GradientModulator(Rule):
             if mask is None or not self.config.masks:
                 present.append(torch.ones(B, device=self.device))
             else:
-                present.append(mask.any(1).float())
-        return hidden, masks, torch.stack(present)
+                present.append(mask.any(1).float())  # (B, T_m) -> (B,)
+        return hidden, masks, torch.stack(present)  # (M, B)
 
     def _target(self, output, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Predictions (N, o), inputs of the last layer (N, D') and truth, flattened."""
@@ -469,6 +469,7 @@ class GradientModulator(Rule):
                 "the model's output has no `last`, the input of its final linear "
                 "layer: classifiers take its width and the direction loss its values"
             )
+        # pictures: (B, H, W) -> (N,), (B, o, H, W) -> (N, o), (B, D', H, W) -> (N, D')
         truth = truth.flatten() if prediction.ndim == 4 else truth
         return flat(prediction), flat(last).float(), truth
 
@@ -530,10 +531,10 @@ class GradientModulator(Rule):
     # ------------------------------------------------------------ direction
 
     def _direction(self, g: Tensor, slope: Tensor, last: Tensor) -> Tensor:
-        """lam L_gm, ready to be added to the loss of the model."""
+        """lam L_gm, to be added to the model's loss: g (M, o, D'), slope (N, o)."""
         config = self.config
         if config.compare == "gradients":
-            cosine = _cosine(g, last_gradient(slope, last))
+            cosine = _cosine(g, last_gradient(slope, last))  # -> (M,)
             self._cosines = cosine.detach()
             return config.lam * direction_loss(self._b, cosine)
         return config.lam * self._weight_direction()
