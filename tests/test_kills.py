@@ -136,6 +136,7 @@ def left(root: Path) -> set[str]:
     return {p.name for p in (root / "_build").iterdir()}
 
 
+@pytest.mark.timeout(1800)  # five minutes where the machine is busy
 def test_twenty_kills_leave_the_book_as_if_undisturbed(tmp_path):
     calm = make_book(tmp_path / "calm")
     code, printed = finish(build(calm))
