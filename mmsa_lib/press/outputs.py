@@ -46,6 +46,7 @@ class Findings:
 
 
 def check_cell(book, cell: Cell, executed, shelf, found: Findings) -> Iterator[str]:
+    """What is wrong with a cell and its outputs; what is right counts in `found`."""
     outputs = executed["outputs"]
     if executed["execution_count"] is None and cell.source.strip():
         yield "was not executed"
