@@ -22,14 +22,14 @@ from mmsa_lib.errors import BookError
 from mmsa_lib.files import write_atomic
 from mmsa_lib.press.chapters import Book
 from mmsa_lib.press.freshness import data_folder
-from mmsa_lib.press.planning import Task
+from mmsa_lib.press.planning import SweepTask
 
 RUNNER = "mmsa_lib.press.runner"
 SENT = ("_toc.yml", "_config.yml", "constraints.txt", "book", "mmsa_lib", "results")
 LIGHT = ("__init__", "errors", "files", "runs", "press")  # what a runner imports
 
 
-def _job(task: Task) -> dict:
+def _job(task: SweepTask) -> dict:
     return {
         "chapter": task.chapter,
         "profile": task.state.profile,
@@ -45,7 +45,7 @@ class Local:
         self.drivers, self._root = jobs, book.root
         self._lock, self._running, self._stopped = threading.Lock(), set(), False
 
-    def attempt(self, task: Task, tell: Callable[[dict], None]) -> dict:
+    def attempt(self, task: SweepTask, tell: Callable[[dict], None]) -> dict:
         task.folder.mkdir(parents=True)
         job = _job(task) | {"root": str(self._root), "folder": str(task.folder)}
         log, last = task.folder / "runner.log", {}
@@ -135,7 +135,7 @@ class Ray:
         }
         self._lock, self._running, self._stopped = threading.Lock(), set(), False
 
-    def attempt(self, task: Task, tell: Callable[[dict], None]) -> dict:
+    def attempt(self, task: SweepTask, tell: Callable[[dict], None]) -> dict:
         reference = self._function.remote(self._archive, _job(task), self._environment)
         with self._lock:
             self._running.add(reference)

@@ -24,7 +24,7 @@ from mmsa_lib.runs.record import place
 
 
 @dataclass(frozen=True)
-class Task:
+class SweepTask:
     """One chapter, one corpus, one seed; None where a chapter has no such parameter."""
 
     corpus: str | None
@@ -67,7 +67,7 @@ def plan(
     profile: str,
     given: Callable[[Chapter], dict],
     folder: Path,
-) -> list[Task]:
+) -> list[SweepTask]:
     """Every task of a sweep, checked: nothing has started when a name is wrong.
 
     chapters: all that take seeds and a corpus if there are none. corpora, seeds: those
@@ -114,14 +114,14 @@ def numbers(text: str) -> list[int]:
         ) from None
 
 
-def _task(book, chapter, corpus, seed, profile, parameters, folder) -> Task:
+def _task(book, chapter, corpus, seed, profile, parameters, folder) -> SweepTask:
     key = task_key(book, chapter, parameters)
     parts = [chapter.name, corpus, None if seed is None else f"seed{seed}"]
     name = "-".join(re.sub(r"[^\w.-]+", "_", part) for part in parts if part)
     product = Product(folder / f"{name}-{digest(key)[:8]}" / f"{chapter.name}.ipynb")
     profile = str(parameters.get("profile", profile))
     state = State(chapter, profile, parameters, key, product, ("asked for",), None)
-    return Task(corpus, seed, state)
+    return SweepTask(corpus, seed, state)
 
 
 def task_key(book: Book, chapter: Chapter, parameters: dict) -> dict:

@@ -12,7 +12,7 @@ from mmsa_lib import runs
 from mmsa_lib.errors import BookError, unknown
 from mmsa_lib.press.chapters import Book
 from mmsa_lib.press.engines import Local, Ray
-from mmsa_lib.press.planning import Task
+from mmsa_lib.press.planning import SweepTask
 
 ATTEMPTS = 2  # a failed task is tried once more
 REPORT = Callable[[str, dict], None]
@@ -22,7 +22,7 @@ REPORT = Callable[[str, dict], None]
 class Row:
     """What became of a task: "done", "kept" (was done before) or "failed"."""
 
-    task: Task
+    task: SweepTask
     state: str
     attempts: int = 0
     seconds: float | None = None
@@ -32,7 +32,7 @@ class Row:
 
 def sweep(
     book: Book,
-    tasks: Sequence[Task],
+    tasks: Sequence[SweepTask],
     *,
     jobs: int = 2,
     engine: str = "local",
@@ -74,7 +74,7 @@ def sweep(
         where.close()
 
 
-def _drive(task: Task, where, report: REPORT, stopped: threading.Event) -> Row:
+def _drive(task: SweepTask, where, report: REPORT, stopped: threading.Event) -> Row:
     from filelock import FileLock
 
     error, attempt = "", 0
