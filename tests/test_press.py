@@ -669,9 +669,9 @@ def test_records_are_listed_and_shown(tmp_path, capsys, monkeypatch):
     assert "Known: late-fusion" in printed
 
 
-def test_status_of_this_book_is_quick_and_never_loads_torch():
+def test_status_of_this_book_never_loads_torch():
     program = textwrap.dedent("""
-        import sys, time
+        import sys
         from mmsa_lib.cli import main
         try:
             main(["status", "--json"])
@@ -679,7 +679,6 @@ def test_status_of_this_book_is_quick_and_never_loads_torch():
             assert not stop.code, stop.code
         heavy = {"torch", "numpy", "papermill", "jupytext"} & set(sys.modules)
         assert not heavy, heavy
-        assert time.process_time() < 2, time.process_time()
     """)
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
