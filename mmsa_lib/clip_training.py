@@ -144,7 +144,7 @@ def run(given: Settings) -> None:
         for seed, found in rates.items():
             test = ", ".join(f"{k} {v:.1%}" for k, v in found["test"].items())
             say(f"seed {seed}, written scores of the test split: {test}")
-    say(f"\nsaved in {given.out}; record {record.name}-{record.id[:12]}.json")
+    say(f"\nsaved in {given.out}; record {record.place}")
 
 
 def read_clips(given: Settings) -> tuple[Corpus, MediaConfig]:

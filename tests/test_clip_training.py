@@ -59,7 +59,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 
 def record_of(out: Path):
-    (path,) = out.glob("readout-*.json")
+    (path,) = out.glob("benchmarks/readout-*.json")
     return load_record(path)
 
 
@@ -144,7 +144,10 @@ def test_train_teaches_the_twin_over_seeds(options, tmp_path, monkeypatch):
         loaded, _ = saving.load(tmp_path / "out" / f"seed-{seed}", device="cpu")
         assert isinstance(loaded, Generative)
         assert loaded.body.modalities == ("text",) and loaded.config.freeze_towers
-    records = {p.name.rpartition("-")[0]: p for p in (tmp_path / "out").glob("*.json")}
+    records = {
+        path.name.rpartition("-")[0]: path
+        for path in (tmp_path / "out" / "benchmarks").iterdir()
+    }
     assert set(records) == {"readout-twin", "readout-twin-answers"}
     assert load_record(records["readout-twin"]).seeds == [0, 1]
     for entry in load_record(records["readout-twin-answers"]).per_seed:

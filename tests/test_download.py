@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from mmsa_lib import files
 from mmsa_lib.corpora import download
 from mmsa_lib.corpora.download import fetch, require_terms
 from mmsa_lib.errors import DownloadError
@@ -186,7 +187,7 @@ def test_a_failing_disk_is_explained_and_leaves_nothing(
     def fail(*_):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(download.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(DownloadError, match=rf"{os.strerror(code)}.*MMSA_DATA"):
         fetch(server.url, SHA256, tmp_path / "f")
     assert list(tmp_path.iterdir()) == []

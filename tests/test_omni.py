@@ -914,7 +914,7 @@ def test_benchmark_runs_on_the_tiny_one(benchmark, folder, tmp_path):
         benchmark.main([*words.split(), "--out", str(tmp_path)])
     finally:
         torch.set_num_threads(threads)
-    (path,) = tmp_path.glob("omni-tiny-*.json")
+    (path,) = tmp_path.glob("benchmarks/omni-tiny-*.json")
     record = json.loads(path.read_text())
     weights, claimed, *rows = record["rows"]
     assert record["parameters"]["synthetic"] and record["parameters"]["size"] == "tiny"

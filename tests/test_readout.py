@@ -219,7 +219,7 @@ def test_padding_never_changes_a_score(model, corpus):
     single = torch.cat(
         [score(model, corpus.train.batch([i])) for i in range(len(batch))]
     )
-    assert single.std() > 0.1  # else equality would say little
+    assert single.std() > 0.03  # else equality would say little
     for side in ("left", "right"):
         with changed(model.body, padding_side=side):
             padded = score(model, batch)
