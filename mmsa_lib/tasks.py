@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -212,16 +212,10 @@ def emotions(
 
 def pixels(label: str = "lesion", number: int = 4, metric: str = "dice_mean") -> Task:
     """A class for each pixel: logits (B, number, H, W), labels (B, H W)."""
-    return Task(
-        label,
-        number,
-        _cross_entropy,
-        _cross_entropy_slope,
-        F.cross_entropy,
-        _pixel_report,
-        metric,
-        "dice",
-        answer=_likeliest,
+    return replace(
+        classes(label, number, metric),
+        report=_pixel_report,
+        progress="dice",
         stored=False,
     )
 

@@ -1,12 +1,12 @@
 """Look at the code cells of the chapters: ruff, and the shape of a chapter.
 
-    python scripts/lint_chapters.py [--strict] [CHAPTER ...]
+    python scripts/lint_chapters.py [CHAPTER ...]
 
 Each chapter's cells are written to one file with their line numbers kept, so that
 ruff's findings name the line of the page. The shape: visible cells have a median under
 ten lines and none over thirty, less than two fifths of the code is hidden, no "Show
 code" bar stands before the first section, and a chapter has at most 1,400 lines. Exit
-status 1 for what ruff finds, and for the shape with --strict.
+status 1 for either.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ def code_of(chapter: Chapter) -> str:
     """All cells as one module in which line n is line n of the page."""
     lines = [""] * len(chapter.text.splitlines())
     for cell in chapter.cells:
+        source = cell.source.splitlines()
+        if not source:
+            continue
         body = chapter.text.splitlines()[cell.line :]
-        first = next(
-            i for i, line in enumerate(body) if not line.startswith((":", "-"))
-        )
-        for i, line in enumerate(cell.source.splitlines()):
+        first = body.index(source[0])  # after the cell's options
+        for i, line in enumerate(source):
             lines[cell.line + first + i] = "" if line.startswith(("%", "!")) else line
     return "\n".join(lines) + "\n"
 
@@ -94,10 +95,8 @@ def ruff(chapters: list[Chapter]) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    strict = "--strict" in arguments
-    names = [a for a in arguments if a != "--strict"]
     book = open_book(find_root())
-    chapters = [book[n] for n in names] or list(book.chapters.values())
+    chapters = [book[n] for n in arguments] or list(book.chapters.values())
     status = ruff(chapters)
     print("chapter       lines  shown  median  longest   hidden")
     for chapter in chapters:
@@ -105,7 +104,7 @@ def main(arguments: list[str]) -> int:
         print(row)
         for fault in faults:
             print(f"  book/{chapter.name}.md, {fault}")
-        status |= bool(faults) and strict
+        status |= bool(faults)
     return int(status)
 
 

@@ -551,7 +551,8 @@ def _line_reporter(say: Callable[[str], None]) -> Callable[[str, dict], None]:
             say(f"{chapter}: cell {event['cell']} of {event['total']}")
         else:
             verb = "done" if event["ok"] else "FAILED"
-            say(f"{chapter}: {verb} in {event['seconds']:.0f} s")
+            cpu = f", {event['cpu']:.0f} s of CPU" if event.get("cpu") else ""
+            say(f"{chapter}: {verb} in {event['seconds']:.0f} s{cpu}")
         spoke[chapter] = now
 
     return report

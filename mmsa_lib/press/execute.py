@@ -138,7 +138,8 @@ def _one(
     seconds = round(time.time() - began, 1)
     new = sorted(_records_of(chapter, records) - before)
     if "notebook" in end:
-        noted = {"key": state.key, "seconds": seconds, "records": new}
+        noted = {"key": state.key, "seconds": seconds, "cpu": end["cpu"]}
+        noted["records"] = new
         state.product.write(end["notebook"], noted)
         outcome = Outcome(
             chapter.name, True, seconds, state.product.notebook, records=new
@@ -147,7 +148,8 @@ def _one(
         error = _describe(chapter, end, process.returncode, log)
         failed = book.build / "failed" / f"{chapter.name}.ipynb"
         outcome = Outcome(chapter.name, False, seconds, failed, error)
-    report(chapter.name, {"event": "done", "ok": outcome.ok, "seconds": seconds})
+    done = {"ok": outcome.ok, "seconds": seconds, "cpu": end.get("cpu")}
+    report(chapter.name, {"event": "done"} | done)
     return outcome
 
 
@@ -284,7 +286,8 @@ def _run(path: str, text: str, parameters: dict, failed: str) -> None:
         return
     output.unlink(missing_ok=True)
     _tidy(executed)
-    _tell("end", notebook=nbformat.writes(executed) + "\n")
+    spent = round(sum(os.times()[:4]), 1)  # ours and of the kernel, which has ended
+    _tell("end", notebook=nbformat.writes(executed) + "\n", cpu=spent)
 
 
 def _tidy(notebook) -> None:
