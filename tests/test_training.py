@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from torch import nn
 from toy import ToyModel, ToyOutput, toy_corpus
 
-from mmsa_lib import training
 from mmsa_lib.corpora.schema import Batch, Ragged, Split
 from mmsa_lib.errors import ConfigError, SealedError, TrainingError, UnknownNameError
 from mmsa_lib.nets.trained import (
@@ -32,6 +31,8 @@ from mmsa_lib.training import (
     TrainConfig,
     evaluate,
     fit,
+    loop,
+    seed_everything,
     select,
 )
 
@@ -144,23 +145,25 @@ def test_gradients_are_clipped_to_the_norm():
     assert all(n == pytest.approx(0.01, rel=1e-3) for n in norms)
 
 
+@pytest.fixture
+def optimisers(monkeypatch):
+    """The optimisers that `fit` makes."""
+    made, original = [], loop._optimiser
+
+    def spy(config, parameters):
+        made.append(original(config, parameters))
+        return made[-1]
+
+    monkeypatch.setattr(loop, "_optimiser", spy)
+    return made
+
+
 @pytest.mark.parametrize("schedule", ["plateau", "cosine"])
-def test_schedules_lower_the_learning_rate(schedule):
-    rates = []
-    original = training._optimiser
-
-    def spy(cfg, parameters):
-        rates.append(original(cfg, parameters))
-        return rates[-1]
-
-    training._optimiser = spy
-    try:
-        # a tiny rate never improves noticeably: plateau must react
-        lr = 0.01 if schedule == "cosine" else 1e-6
-        fit(build, CORPUS, config(epochs=14, schedule=schedule, lr=lr, warmup=0.1))
-    finally:
-        training._optimiser = original
-    assert rates[0].param_groups[0]["lr"] <= 0.11 * lr
+def test_schedules_lower_the_learning_rate(schedule, optimisers):
+    # a tiny rate never improves noticeably: plateau must react
+    lr = 0.01 if schedule == "cosine" else 1e-6
+    fit(build, CORPUS, config(epochs=14, schedule=schedule, lr=lr, warmup=0.1))
+    assert optimisers[0].param_groups[0]["lr"] <= 0.11 * lr
 
 
 def test_rules_see_loss_gradients_and_keep_state():
@@ -265,7 +268,7 @@ def test_only_what_training_changes_is_kept_and_saved(tmp_path):
 
     state = load_file(frozen.save(tmp_path / "model.safetensors"))
     assert state.keys() == KEPT
-    training.seed_everything(cfg.seed)
+    seed_everything(cfg.seed)
     fresh = Mixed()
     load_trained(fresh, state)
     assert weights_sha256(fresh) == frozen.receipt.artefact
@@ -364,25 +367,17 @@ def test_four_bit_weights_stay_out_of_checkpoints_and_resume_exactly(tmp_path):
     assert resumed.receipt == whole.receipt
 
 
-def test_groups_have_their_own_rate_and_schedules_scale_it(monkeypatch):
-    made = []
-    original = training._optimiser
-
-    def spy(cfg, parameters):
-        made.append(original(cfg, parameters))
-        return made[-1]
-
-    monkeypatch.setattr(training, "_optimiser", spy)
+def test_groups_have_their_own_rate_and_schedules_scale_it(optimisers):
     rates = {"inputs": 0.02, "inputs.audio": 0.0}
     model = fit(build, CORPUS, config(group_lr=rates, epochs=2)).module
-    (optimiser,) = made
+    (optimiser,) = optimisers
     of = {id(p): g["lr"] for g in optimiser.param_groups for p in g["params"]}
     found = {name: of[id(p)] for name, p in model.named_parameters()}
     assert len(of) == len(found) == 6
     for name, rate in found.items():
         text = {"inputs.text": 0.02, "inputs.audio": 0.0}
         assert rate == text.get(name.rpartition(".")[0], 0.01), name
-    training.seed_everything(0)
+    seed_everything(0)
     start = build()
     for m, moves in (("audio", False), ("text", True)):
         same = torch.equal(start.inputs[m].weight, model.inputs[m].weight)
@@ -392,7 +387,7 @@ def test_groups_have_their_own_rate_and_schedules_scale_it(monkeypatch):
         rates = {"regressor": 1e-6}
         cfg = config(group_lr=rates, epochs=14, lr=5e-7, schedule=schedule)
         fit(build, CORPUS, cfg)
-        rest, regressor = (g["lr"] for g in made[-1].param_groups)
+        rest, regressor = (g["lr"] for g in optimisers[-1].param_groups)
         assert regressor == pytest.approx(2 * rest)
         assert rest <= 5.5e-8
     with pytest.raises(UnknownNameError, match=r"regresor.*mean 'regressor'"):
