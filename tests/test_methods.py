@@ -17,15 +17,19 @@ from toy import toy_corpus
 from mmsa_lib.corpora.schema import Batch
 from mmsa_lib.errors import ConfigError, CorpusError, TrainingError, UnknownNameError
 from mmsa_lib.methods.registry import KINDS, METHODS, Method, method
-from mmsa_lib.nets import FusionConfig, LateFusion, MiddleFusion, count_parameters
+from mmsa_lib.nets import FusionConfig, LateFusion, MiddleFusion, count_parameters, omni
 from mmsa_lib.nets.trained import load, save, trained_parameters
 from mmsa_lib.tasks import SENTIMENT
 from mmsa_lib.training import TrainConfig, fit
 
 WIDTHS = {"text": 6, "audio": 4, "vision": 5, "pose": 3, "gaze": 2, "hands": 4}
 WIDTHS["heart"] = 3
-NAMES = [name for name, m in METHODS.items() if m.base == "fusion"]
-every = pytest.mark.parametrize("name", NAMES)
+FUSED = [name for name, m in METHODS.items() if m.base == "fusion"]
+MOST = {"fusion": 7, "thinker": 3}  # modalities
+LACKING = {"fusion": ("text", "audio"), "thinker": ("audio", "vision")}
+every = pytest.mark.parametrize("name", METHODS)
+# what is said of feature sequences; a Thinker's clips are tested in test_omni.py
+fused = pytest.mark.parametrize("name", FUSED)
 
 
 @cache
@@ -36,12 +40,14 @@ def corpus_of(M=3, n=(16, 8, 8)):
 class Case:
     """A method on a small model: what is trained, with which rules, on what."""
 
-    def __init__(self, name: str, M: int = 3, seed: int = 0):
-        self.method, self.corpus = method(name), corpus_of(M)
-        torch.manual_seed(seed)
+    label = "sentiment"
+    loss = staticmethod(SENTIMENT.objective)
+
+    def __init__(self, name: str, M: int = 3):
+        self.method, self.corpus, self.rules = method(name), corpus_of(M), []
+        torch.manual_seed(0)
         shape = FusionConfig(self.corpus.dims, width=8, layers=3, heads=2)
         config, kind = self.method.config(), self.method.kind
-        self.rules = []
         if kind == "attach":
             self.base = LateFusion(shape)
             self.build = lambda: self.method.attach(self.base, config)
@@ -58,7 +64,8 @@ class Case:
     def fit(self, corpus=None, **changes):
         usual = {"epochs": 2, "batch_size": 8, "lr": 1e-2, "device": "cpu"}
         plan = TrainConfig(**usual | {"optimiser": "adamw", "clip": 1.0} | changes)
-        return fit(self.build, corpus or self.corpus, plan, rules=self.rules)
+        corpus = corpus or self.corpus
+        return fit(self.build, corpus, plan, loss=self.loss, rules=self.rules)
 
     def step(self, model: nn.Module, batch: Batch, dtype=None) -> dict[str, float]:
         """Forward, rules, backward, one optimiser step: gradient sizes by name."""
@@ -69,7 +76,7 @@ class Case:
             batch = rule.batch(batch, 0)
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
             output = model(batch)
-            loss = SENTIMENT.objective(output, batch)
+            loss = self.loss(output, batch)
             for rule in self.rules:
                 loss = rule.loss(output, batch, loss)
         loss.backward()
@@ -91,13 +98,52 @@ class Case:
         return model
 
 
-def batch_of(corpus, rows=range(8)) -> Batch:
+class ThinkerCase(Case):
+    """A method on a small Thinker and six clips, with the first M of three modalities.
+
+    backbone   the Thinker's folder
+    corpus     the clips
+    """
+
+    def __init__(self, name: str, M: int, backbone, corpus):
+        self.method, self.corpus, self.rules = method(name), corpus, []
+        labels = corpus.train.labels["sentiment"]
+        self.loss = self.method.loss(labels)
+        config = replace(self.method.config(), lora_dropout=0.0, dropout=0.0)
+
+        def build():
+            body = omni.load(backbone, device="cpu", modalities=omni.MODALITIES[:M])
+            return self.method.attach(body, config, labels)
+
+        self.build = build
+
+
+@pytest.fixture
+def case(request):
+    """(method, M) -> its case; a Thinker is made for the methods that ask for one."""
+
+    def make(name: str, M: int = 3) -> Case:
+        if method(name).base == "fusion":
+            return Case(name, M)
+        backbone, corpus = map(request.getfixturevalue, ("backbone", "corpus"))
+        return ThinkerCase(name, M, backbone, corpus)
+
+    return make
+
+
+def batch_of(corpus, rows=None) -> Batch:
+    """Those rows of the training split; eight of them, or all where there are fewer."""
+    rows = range(min(8, len(corpus.train))) if rows is None else rows
     return corpus.train.batch(list(rows))
 
 
 @torch.no_grad()
 def predict(model, batch) -> torch.Tensor:
-    return model.eval()(batch).predictions["sentiment"]
+    """One row for each sample: the score, or what writing the label costs."""
+    output = model.eval()(batch)
+    if "sentiment" in output.predictions:
+        return output.predictions["sentiment"]
+    return output.tokens[:, None]
 
 
 def stirred(model) -> nn.Module:
@@ -137,32 +183,33 @@ def test_unknown_and_unclear_methods_are_refused():
 # ---------------------------------------------------------------- any corpus, any batch
 
 
-@every
-@pytest.mark.parametrize("M", range(1, 8))
-def test_one_to_seven_modalities(name, M):
-    case = Case(name, M)
-    model = case.started()
-    assert case.step(model, batch_of(case.corpus))
-    found = predict(model, batch_of(case.corpus))
-    assert found.shape == (8, 1) and torch.isfinite(found).all()
+@pytest.mark.parametrize(
+    "name, M", [(n, M) for n, m in METHODS.items() for M in range(1, 1 + MOST[m.base])]
+)
+def test_one_to_seven_modalities(name, M, case):
+    made = case(name, M)
+    model, batch = made.started(), batch_of(made.corpus)
+    assert made.step(model, batch)
+    found = predict(model, batch)
+    assert found.shape == (len(batch), 1) and torch.isfinite(found).all()
 
 
 @every
-def test_a_batch_of_one_is_a_row_of_a_larger_one(name):
+def test_a_batch_of_one_is_a_row_of_a_larger_one(name, case):
     """So padding never changes a result: alone, a sample has less of it."""
-    case = Case(name)
-    model = stirred(case.started())
-    together = predict(model, batch_of(case.corpus))
-    for i in range(8):
-        alone = predict(model, batch_of(case.corpus, [i]))
+    made = case(name)
+    model = stirred(made.started())
+    together = predict(model, batch_of(made.corpus))
+    for i in range(len(together)):
+        alone = predict(model, batch_of(made.corpus, [i]))
         torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=1e-5)
 
 
 @every
-def test_what_stands_in_padding_is_never_read(name):
-    case = Case(name)
-    model = stirred(case.started())
-    batch = batch_of(case.corpus)
+def test_what_stands_in_padding_is_never_read(name, case):
+    made = case(name)
+    model = stirred(made.started())
+    batch = batch_of(made.corpus)
     noisy = {
         m: torch.where(batch.mask[m][..., None], x, 1e3 * torch.randn_like(x))
         for m, x in batch.features.items()
@@ -179,14 +226,14 @@ def without(batch: Batch, m: str, rows: torch.Tensor) -> Batch:
     return replace(batch, available=available, mask=mask)
 
 
-@every
-@pytest.mark.parametrize("m", ["text", "audio"])
-def test_an_absent_modality_says_nothing(name, m):
-    case = Case(name)
-    model = stirred(case.started())
-    batch = batch_of(case.corpus)
-    rows = torch.zeros(8, dtype=torch.bool)
-    rows[:3] = True
+@pytest.mark.parametrize(
+    "name, m", [(n, m) for n, e in METHODS.items() for m in LACKING[e.base]]
+)
+def test_an_absent_modality_says_nothing(name, m, case):
+    made = case(name)
+    model = stirred(made.started())
+    batch = batch_of(made.corpus)
+    rows = torch.arange(len(batch)) < 3
     part = without(batch, m, rows)
     other = dict(part.features)
     other[m] = torch.where(rows[:, None, None], 7.0, other[m])
@@ -198,30 +245,31 @@ def test_an_absent_modality_says_nothing(name, m):
 
 
 @every
-def test_a_modality_that_a_whole_batch_lacks(name):
-    case = Case(name)
-    model = case.started()
-    gone = without(batch_of(case.corpus), "audio", torch.ones(8, dtype=torch.bool))
-    grown = case.step(model, gone)
+def test_a_modality_that_a_whole_batch_lacks(name, case):
+    made = case(name)
+    model = made.started()
+    batch = batch_of(made.corpus)
+    gone = without(batch, "audio", torch.ones(len(batch), dtype=torch.bool))
+    grown = made.step(model, gone)
     assert all(np.isfinite(v) for v in grown.values())
     assert torch.isfinite(predict(model, gone)).all()
 
 
-@every
-def test_samples_without_any_modality_are_named(name):
-    case = Case(name)
-    batch = batch_of(case.corpus)
+@fused
+def test_samples_without_any_modality_are_named(name, case):
+    made = case(name)
+    batch = batch_of(made.corpus)
     rows = torch.arange(8) == 2
-    for m in case.corpus.modalities:
+    for m in made.corpus.modalities:
         batch = without(batch, m, rows)
     with pytest.raises(CorpusError, match=f"every modality.*{batch.ids[2]}"):
-        predict(case.started(), batch)
+        predict(made.started(), batch)
 
 
-@every
-def test_wrong_inputs_are_explained(name):
-    case = Case(name)
-    model, batch = case.started(), batch_of(case.corpus)
+@fused
+def test_wrong_inputs_are_explained(name, case):
+    made = case(name)
+    model, batch = made.started(), batch_of(made.corpus)
     lacking = {m: x for m, x in batch.features.items() if m != "vision"}
     with pytest.raises(UnknownNameError, match="'vision'"):
         predict(model, replace(batch, features=lacking))
@@ -231,51 +279,51 @@ def test_wrong_inputs_are_explained(name):
         predict(model, replace(batch, features=wide, mask=mask))
 
 
-@every
-def test_nan_features_are_named(name):
+@fused
+def test_nan_features_are_named(name, case):
     corpus = toy_corpus((16, 8, 8), widths=dict(list(WIDTHS.items())[:3]))
     ragged = corpus.train.features["audio"]
     ragged.values[ragged.starts[3]] = np.nan
-    case = Case(name)
+    made = case(name)
     with pytest.raises(TrainingError, match=r"'audio' are not finite in .*train-3"):
-        case.fit(corpus)
+        made.fit(corpus)
 
 
 # ---------------------------------------------------------------- training
 
 
 @every
-def test_gradient_reaches_every_trained_parameter(name):
+def test_gradient_reaches_every_trained_parameter(name, case):
     """At once, or after one step where something starts at zero on purpose."""
-    case = Case(name)
-    model = case.started()
+    made = case(name)
+    model = made.started()
     reached: dict[str, float] = {}
     for _ in range(3):
-        for n, size in case.step(model, batch_of(case.corpus, range(16))).items():
+        for n, size in made.step(model, batch_of(made.corpus)).items():
             reached[n] = max(size, reached.get(n, 0.0))
     assert all(v > 0 for v in reached.values()), reached
 
 
 @every
-def test_overfits_a_handful(name):
-    case = Case(name)
-    few = case.corpus.train.select(range(8))
-    splits = case.corpus.splits | {"train": few, "valid": few._with(name="valid")}
-    small = replace(case.corpus, splits=splits)
+def test_overfits_a_handful(name, case):
+    made = case(name)
+    few = made.corpus.train.select(range(min(8, len(made.corpus.train))))
+    splits = made.corpus.splits | {"train": few, "valid": few._with(name="valid")}
+    small = replace(made.corpus, splits=splits)
     start = float((few.labels["sentiment"] ** 2).mean() ** 0.5)
-    frozen = case.fit(small, epochs=40, lr=2e-2)
+    frozen = made.fit(small, epochs=40, lr=2e-2)
     assert min(row["train"] for row in frozen.history) < 0.5 * start
 
 
 @every
-def test_a_seed_decides_everything(name):
-    one, same, other = (Case(name).fit(seed=s).receipt.artefact for s in (1, 1, 2))
+def test_a_seed_decides_everything(name, case):
+    one, same, other = (case(name).fit(seed=s).receipt.artefact for s in (1, 1, 2))
     assert one == same != other
 
 
 @every
-def test_nothing_stays_on_a_frozen_model(name):
-    frozen = Case(name).fit()
+def test_nothing_stays_on_a_frozen_model(name, case):
+    frozen = case(name).fit()
     hooks = [
         hook
         for part in frozen.module.modules()
@@ -285,30 +333,35 @@ def test_nothing_stays_on_a_frozen_model(name):
 
 
 @every
-def test_bfloat16(name):
-    case = Case(name)
-    model = case.started()
-    grown = case.step(model, batch_of(case.corpus), dtype=torch.bfloat16)
+def test_bfloat16(name, case):
+    made = case(name)
+    model = made.started()
+    grown = made.step(model, batch_of(made.corpus), dtype=torch.bfloat16)
     assert all(np.isfinite(v) for v in grown.values())
-    full = predict(model, batch_of(case.corpus))
-    half = predict(model.bfloat16(), batch_of(case.corpus))
+    full = predict(model, batch_of(made.corpus))
+    half = predict(model.bfloat16(), batch_of(made.corpus))
     torch.testing.assert_close(half.float(), full, atol=0.15, rtol=0.1)
 
 
 @every
-def test_saves_only_what_was_trained_and_loads_it(name, tmp_path):
-    case = Case(name)
-    frozen = case.fit()
-    batch = batch_of(case.corpus)
+def test_saves_only_what_was_trained_and_loads_it(name, case, tmp_path):
+    made = case(name)
+    frozen = made.fit()
+    batch = batch_of(made.corpus)
     path = save(frozen.module, tmp_path / "deep" / "weights.safetensors")
     trainable, total = count_parameters(frozen.module)
     assert (trainable, total) == (frozen.trainable, frozen.total)
     torch.manual_seed(9)
-    fresh = load(case.build(), path)
+    fresh = load(made.build(), path)
     assert torch.equal(predict(fresh, batch), predict(frozen.module, batch))
-    if case.method.kind == "attach":
+    if made.method.kind == "attach":
         assert trainable < total
         assert path.stat().st_size < 4 * total
-    other = Case(name, M=2)
+
+
+@fused
+def test_weights_of_another_model_are_refused(name, case, tmp_path):
+    path = save(case(name).started(), tmp_path / "weights.safetensors")
+    other = case(name, 2)
     with pytest.raises(ConfigError, match="not the trained weights of this model"):
         load(other.build(), path)

@@ -36,7 +36,6 @@ def gated(monkeypatch):
 
 
 SUITE = [
-    suite.test_the_entry_is_whole,
     suite.test_a_batch_of_one_is_a_row_of_a_larger_one,
     suite.test_what_stands_in_padding_is_never_read,
     suite.test_a_modality_that_a_whole_batch_lacks,
@@ -53,14 +52,16 @@ SUITE = [
 
 @pytest.mark.parametrize("check", SUITE, ids=lambda f: f.__name__)
 def test_the_template_keeps_the_contract(gated, check):
-    check("gated")
+    suite.test_the_entry_is_whole("gated")
+    check("gated", suite.Case)
 
 
 def test_the_template_takes_any_corpus_and_is_saved(gated, tmp_path):
     for M in (1, 2, 7):
-        suite.test_one_to_seven_modalities("gated", M)
-    suite.test_an_absent_modality_says_nothing("gated", "audio")
-    suite.test_saves_only_what_was_trained_and_loads_it("gated", tmp_path)
+        suite.test_one_to_seven_modalities("gated", M, suite.Case)
+    suite.test_an_absent_modality_says_nothing("gated", "audio", suite.Case)
+    suite.test_saves_only_what_was_trained_and_loads_it("gated", suite.Case, tmp_path)
+    suite.test_weights_of_another_model_are_refused("gated", suite.Case, tmp_path)
 
 
 def test_the_template_of_a_test_passes(gated):

@@ -264,7 +264,8 @@ class Readout(nn.Module):
     def forward(self, batch: Batch) -> Output:
         hidden, mask = self.hidden(batch)  # (B, T, h), (B, T)
         with torch.autocast(hidden.device.type, enabled=False):  # the head is float32
-            z = self.pool(hidden, mask)  # (B, h)
+            kind = self.regressor.outer.weight.dtype
+            z = self.pool(hidden, mask).to(kind)  # (B, h)
             last = self.regressor.last(z)  # (B, width)
             y = self.scaler.unscale(self.regressor.outer(last))  # (B, 1)
         if self.config.clip and not self.training:

@@ -33,6 +33,7 @@ class Method:
     title    as pages write it
     config   its configuration; ``config()`` is the paper's
     base     what `attach` takes: "fusion" (of `nets.fusion`) or "thinker" (`nets.omni`)
+    loss     training labels -> the loss that it learns with; None: the task's own
     """
 
     name: str
@@ -43,6 +44,7 @@ class Method:
     rule: Callable | None = None
     adapt: Callable | None = None
     base: str = "fusion"
+    loss: Callable | None = None
 
     def __post_init__(self):
         if sum(getattr(self, kind) is not None for kind in KINDS) != 1:
@@ -67,6 +69,7 @@ METHODS = {
             readout.ReadoutConfig,
             attach=readout.discriminative,
             base="thinker",
+            loss=readout.standardised_loss,
         ),
         Method(
             "generative",
@@ -74,6 +77,7 @@ METHODS = {
             readout.ReadoutConfig,
             attach=generative.generative,
             base="thinker",
+            loss=lambda labels: generative.token_loss,
         ),
     )
 }
