@@ -7,10 +7,12 @@ that was written: the chapter is fresh and is not executed again.
 from __future__ import annotations
 
 import ast
+import gc
 import json
 import os
 import platform
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -99,10 +101,23 @@ class State:
 def states(book: Book, profile: str) -> list[State]:
     """The state of every chapter under a profile, in the order of the book."""
     found = []
-    for name, parameters in book.profile(profile).items():
-        product = Product(book.build / "executed" / profile / f"{name}.ipynb")
-        found.append(state(book, book[name], profile, parameters, product))
+    with _no_collection():
+        for name, parameters in book.profile(profile).items():
+            product = Product(book.build / "executed" / profile / f"{name}.ipynb")
+            found.append(state(book, book[name], profile, parameters, product))
     return found
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Syntax trees are very many objects and hold no rings: collecting finds none."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def state(
