@@ -15,6 +15,7 @@ from html import escape
 from pathlib import Path
 
 from mmsa_lib import runs
+from mmsa_lib.files import read_text
 from mmsa_lib.press.chapters import Book, below_title
 from mmsa_lib.press.freshness import moved_on
 from mmsa_lib.press.reading import soup_of
@@ -54,7 +55,10 @@ class Trace:
     files: dict[str, Path] = field(default_factory=dict)  # name -> record to copy
 
     def __post_init__(self):
-        sources = {p: f.read_text("utf-8") for p, f in self.book.pages.items()}
+        sources = {
+            page: read_text(file, f"{page}.md")
+            for page, file in self.book.pages.items()
+        }
         self.home = next((p for p, text in sources.items() if RECORDS in text), "")
         self._moved = moved_on(self.book)
         if not any(mark in t for t in sources.values() for mark in (STATUS, RECORDS)):

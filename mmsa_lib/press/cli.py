@@ -10,13 +10,12 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -25,6 +24,7 @@ from rich.table import Table
 from mmsa_lib.errors import BookError, MmsaError, UnknownNameError, unknown
 from mmsa_lib.files import digest
 from mmsa_lib.press.chapters import Book, Chapter, find_root, open_book
+from mmsa_lib.press.values import Kind, seeds_of, typed
 
 HEARTBEAT = 20.0  # seconds between two lines of one chapter where there is no terminal
 
@@ -387,7 +387,7 @@ def sweep(
     travel; real data must lie on the nodes (MMSA_DATA).
     """
     from mmsa_lib.press.collect import conclude
-    from mmsa_lib.press.planning import numbers, plan
+    from mmsa_lib.press.planning import plan
     from mmsa_lib.press.sweep import sweep as do
 
     book = open_book(find_root())
@@ -396,7 +396,7 @@ def sweep(
         book,
         chapters or [],
         [name for name in corpora.split(",") if name],
-        numbers(seeds),
+        seeds_of(seeds) if seeds else [],
         profile,
         lambda chapter: _parameters(chapter, p or []),
         out / "tasks",
@@ -445,31 +445,28 @@ def _all_records():
 
 
 def _parameters(chapter: Chapter, given: list[str]) -> dict[str, object]:
-    """``name=value`` pairs as values of the right type; folders become absolute."""
+    """``name=value`` pairs as values of the right type; paths become absolute."""
     found = {}
-    for pair in given:
-        name, separator, text = pair.partition("=")
-        if not separator:
-            raise BookError(f"-p {pair}: a parameter needs a name and a value")
-        default = chapter.parameters.get(name)
-        value = text if isinstance(default, str) else _yaml(name, text)
-        if name.endswith("_dir") and isinstance(value, str) and value:
-            value = str(Path(value).expanduser().resolve())
-        found[name] = value
+    for name, text in pairs(given, "a parameter"):
+        kind = chapter.kinds.get(name, Kind())
+        found[name] = typed(name, text, chapter.parameters.get(name), kind)
     return chapter.check(found)
 
 
-def _yaml(name: str, text: str):
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BookError(
-            f"-p {name} {text}: not a YAML value (examples: 3, 0.1, true, '[0, 1, 2]')"
-        ) from error
-    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a word
-        with suppress(ValueError):
-            return float(value)
-    return value
+def pairs(given: list[str], what: str) -> Iterator[tuple[str, str]]:
+    """``name=value`` texts as names and values; a name comes once.
+
+    what: what is named, such as ``an option``, for the message.
+    """
+    seen = set()
+    for pair in given:
+        name, separator, text = pair.partition("=")
+        if not separator:
+            raise BookError(f"-p {pair}: {what} needs a name and a value")
+        if name in seen:
+            raise BookError(f"-p {name}: {what} is given once; here it comes twice")
+        seen.add(name)
+        yield name, text
 
 
 def _join_pairs(arguments: list[str]) -> list[str]:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from mmsa_lib.errors import MmsaError
+from mmsa_lib.files import read_text, read_yaml
 from mmsa_lib.runs.record import RecordError, RunRecord, walk
 
 UNDEFINED = "—"  # what a page shows where a record has no value
@@ -231,18 +232,17 @@ def reference_table(path: Path | str, columns: Mapping[str, str]):
     (heading -> key); a missing one prints as a dash. Such numbers have no record, so
     the caption must say where they come from.
     """
-    import yaml
     from IPython.display import HTML
 
-    body = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    body = read_yaml(read_text(path, Path(path).name), Path(path).name) or {}
     if not body.get("caption"):
         raise RecordError(f"{Path(path).name} needs a caption with its source")
     head = "".join(f"<th scope='col'>{html.escape(c)}</th>" for c in columns)
 
-    source = Path(path).name
+    source = html.escape(Path(path).name)
 
     def mark(path: str) -> str:
-        return f'class="ref" data-source="{source}" data-path="{path}"'
+        return f'class="ref" data-source="{source}" data-path="{html.escape(path)}"'
 
     rows = []
     for i, row in enumerate(body["rows"]):
