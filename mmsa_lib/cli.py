@@ -203,7 +203,7 @@ def train(
 
     The epoch with the lowest validation loss is kept, evaluated once on the test split,
     and saved in the folder: a PEFT adapter, the regressor, and a run record. Score
-    other clips with it: mmsa-book predict --model FOLDER.
+    other clips with it: mmsa-book predict CLIP --model FOLDER.
 
     Samples a step are batch size x accumulate x processes; the defaults give 8 on one
     (for several: torchrun --no-python mmsa-book train). Rates are for MOSI; halve both
