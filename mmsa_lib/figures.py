@@ -131,7 +131,12 @@ def colours(names: Iterable[str]) -> dict[str, str]:
 
 
 def style() -> None:
-    """Make the house style the default of everything drawn from now on."""
+    """Make the house style the default of everything drawn from now on.
+
+    A reader's own settings (matplotlibrc) do not count: what the house style leaves
+    open is as matplotlib is shipped.
+    """
+    mpl.rcdefaults()
     mpl.rcParams.update(RC)
 
 
@@ -494,7 +499,8 @@ def _check_words(name: str, alt: str, caption: str) -> None:
 
 
 def _picture(figure: Figure) -> tuple[str, bytes]:
-    with mpl.rc_context(RC):
+    with mpl.rc_context():
+        style()
         svg = io.BytesIO()
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
         if svg.tell() <= _DENSE:
@@ -521,7 +527,9 @@ def player(film: Path, still: np.ndarray, *, label: str, words: str):
             "seen and heard, for a reader who cannot see or hear it"
         )
     poster = io.BytesIO()
-    imsave(poster, still, format="png")
+    with mpl.rc_context():
+        style()
+        imsave(poster, still, format="png")
     picture, content = (
         base64.b64encode(x).decode() for x in (poster.getvalue(), film.read_bytes())
     )

@@ -912,6 +912,42 @@ def test_run_takes_parameters_of_its_own(tmp_path, capsys, monkeypatch):
     assert states(open_book(root), "quick")[0].reasons == ("never executed",)
 
 
+def test_a_readers_own_settings_reach_no_chapter(tmp_path, capsys, monkeypatch):
+    """matplotlibrc in every place where matplotlib looks, and what Python executes."""
+    look = (
+        "import matplotlib as mpl\nfrom pathlib import Path\n"
+        "usual = dict(mpl.rcParamsDefault)\nusual.pop('backend')\n"
+        "print(all(mpl.rcParams[k] == v for k, v in usual.items()), mpl.get_backend())"
+    )
+    root = make_project(tmp_path / "book", {"a": chapter("A", look)})
+    taste = "text.usetex: True\nfont.size: 23\nbackend: svg\n"
+    home = tmp_path / "home"
+    for place in (".config/matplotlib", ".matplotlib", "named"):
+        write_atomic(home / place / "matplotlibrc", taste)
+    write_atomic(home / "start.py", "raise SystemExit('the own start')\n")
+    for name, value in {
+        "HOME": home,
+        "XDG_CONFIG_HOME": home / ".config",
+        "MATPLOTLIBRC": home / "named",
+        "MPLBACKEND": "no-such-backend",
+        "PYTHONSTARTUP": home / "start.py",
+        "PYTHONWARNINGS": "error",
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.chdir(root)
+    code, printed = mmsa_book(capsys, "run", "a", "--out", "out")
+    assert code == 0, printed
+    shown = json.loads((root / "out/a.ipynb").read_text())["cells"][-1]["outputs"]
+    (text,) = ("".join(output["text"]) for output in shown)
+    assert text.startswith("True ") and "inline" in text
+
+    # one beside the chapters is read by matplotlib, and is part of their keys
+    (before,) = states(open_book(root), "quick")
+    (root / "book/matplotlibrc").write_text(taste)
+    (after,) = states(open_book(root), "quick")
+    assert after.key["files"].keys() - before.key["files"] == {"book/matplotlibrc"}
+
+
 def test_no_orphan_computes_on_after_a_kill(tmp_path):
     """A killed build leaves no kernel behind and no half-written notebook."""
     sleeper = chapter(

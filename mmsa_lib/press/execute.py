@@ -26,6 +26,7 @@ from mmsa_lib.runs.record import named
 
 KERNEL = "mmsa-book"  # our own kernelspec, so that no other "python3" can be taken
 HIDDEN = "hide-input"
+OWN_TASTE = {"MPLBACKEND", "PYTHONSTARTUP", "PYTHONINSPECT", "PYTHONWARNINGS"}
 _MARK = "press-event "
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -166,13 +167,14 @@ def _environment(
     book: Book, state: State, records: Path, strict: bool
 ) -> dict[str, str]:
     """What a chapter's kernel sees; the user's own settings of threads stand."""
-    env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}
+    env = {k: v for k, v in os.environ.items() if k not in OWN_TASTE}
     env.setdefault("OMP_NUM_THREADS", "1")
     return env | {
         "PYTHONPATH": str(Path(__file__).resolve().parents[2]),  # of the child
         "PYTHONHASHSEED": "0",
         "JUPYTER_PATH": str(book.build / "kernel"),
         "IPYTHONDIR": str(book.build / "kernel" / "ipython"),
+        "MATPLOTLIBRC": str(book.build / "kernel" / "matplotlibrc"),
         "MMSA_DATA": str(data_folder(book)),  # ./data is another folder in there
         "MMSA_RECORDS": str(records),
         "MMSA_CHAPTER": state.chapter.name,
@@ -198,6 +200,8 @@ def _write_kernelspec(book: Book) -> None:
     }
     folder = book.build / "kernel" / "kernels" / KERNEL
     write_atomic(folder / "kernel.json", json.dumps(spec, indent=1))
+    # an empty one: a reader's own settings would change or break the figures
+    write_atomic(book.build / "kernel" / "matplotlibrc", "# as matplotlib is shipped\n")
 
 
 def _describe(chapter: Chapter, end: dict, code: int, log: Path) -> str:

@@ -198,7 +198,8 @@ def _files(root: Path, chapter: str, code: list[ast.AST]) -> dict[str, str]:
     (``runs.find("late-fusion")``, ``runs.committed("baselines")``), or all of them if
     that is not plain to see: the argument is no literal, the function goes by another
     name, or the code uses ``load_all`` or the folder itself (a literal "results").
-    Data files under ``book/``: those of which it names the file or the folder.
+    Data files under ``book/``: those of which it names the file or the folder, and
+    ``book/matplotlibrc``, which matplotlib reads by itself.
     """
     words, everything = set(), False
     asked, called = {"name": set(), "chapter": {chapter}}, set()
@@ -228,7 +229,8 @@ def _files(root: Path, chapter: str, code: list[ast.AST]) -> dict[str, str]:
             found[path.relative_to(root).as_posix()] = hash_of(path)
     for path in sorted((root / "book").rglob("*")):
         inside = path.relative_to(root / "book").parts
-        if path.is_file() and path.suffix != ".md" and words & set(inside):
+        named = words & set(inside) or inside == ("matplotlibrc",)
+        if path.is_file() and path.suffix != ".md" and named:
             found[path.relative_to(root).as_posix()] = hash_of(path)
     return found
 
