@@ -13,12 +13,19 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from processes import family, start, wait_until
+from processes import family, finish, start, wait_until
 
 from mmsa_lib.errors import BookError, UnknownNameError
 from mmsa_lib.files import write_atomic
 from mmsa_lib.press import cli
-from mmsa_lib.press.chapters import UNCLEAR, find_root, open_book, parse, read_chapter
+from mmsa_lib.press.chapters import (
+    LIMITS,
+    UNCLEAR,
+    find_root,
+    open_book,
+    parse,
+    read_chapter,
+)
 from mmsa_lib.press.closure import every_node, reach
 from mmsa_lib.press.freshness import states
 from mmsa_lib.press.values import seeds_of
@@ -963,6 +970,120 @@ def test_no_orphan_computes_on_after_a_kill(tmp_path):
     process.send_signal(signal.SIGKILL)
     wait_until(lambda: not family(root))
     assert not list((root / "_build").rglob("executed/**/*"))
+
+
+SLEEPER = chapter(
+    "Sleeper",
+    "import os, pathlib, subprocess, time\n"
+    "subprocess.Popen(['sleep', '1000'])\n"
+    "_ = pathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(1000)",
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ("build", "--jobs", "1"),
+            "stopped: 1 of 3 chapters are done and kept (good); call the same command "
+            "to execute sleeper, other",
+        ),
+        (
+            ("run", "sleeper"),
+            "stopped: nothing was executed to its end; call the same command to "
+            "execute sleeper",
+        ),
+    ],
+)
+def test_ctrl_c_says_what_was_kept_and_leaves_no_kernel(tmp_path, words, said):
+    texts = {"good": GOOD, "sleeper": SLEEPER, "other": GOOD}
+    root = make_project(tmp_path, texts)
+    process, pid_file = start(root, *words), root / "book/pid"
+    wait_until(lambda: pid_file.exists() and pid_file.read_text(), process)
+    assert int(pid_file.read_text()) in {p.pid for p in family(root)}
+    process.send_signal(signal.SIGINT)
+    code, printed = finish(process)
+    assert code == 130
+    assert said in printed
+    assert "Traceback" not in printed and "Aborted" not in printed
+    # all were killed before it ended; the system may still be taking them away
+    wait_until(lambda: not family(root))
+    fresh = {s.chapter.name for s in states(open_book(root), "quick") if s.fresh}
+    assert fresh == ({"good"} if words[0] == "build" else set())
+
+
+@pytest.mark.parametrize(
+    ("limits", "source", "said"),
+    [
+        (
+            "{cell_seconds: 2}",
+            "import time\nwhile True:\n    time.sleep(1)",
+            "still at work after 2 s, the limit cell_seconds",
+        ),
+        (
+            "{cell_seconds: 2}",  # what does not listen to Ctrl-C
+            "while True:\n    try:\n        while True:\n            pass\n"
+            "    except BaseException:\n        pass",
+            "still at work after 2 s, the limit cell_seconds",
+        ),
+        (
+            "{output_mib: 0.1}",
+            "while True:\n    print('again and again')",
+            "showed more than 0.1 MiB, the limit output_mib",
+        ),
+        (
+            "{}",
+            "for i in range(1_000_000):\n    print(i)",
+            "showed more than 4 MiB, the limit output_mib",
+        ),
+        (
+            "{}",
+            "from IPython.display import HTML\nHTML('a' * 5_000_000)",
+            "showed more than 4 MiB, the limit output_mib",
+        ),
+        (
+            "{}",
+            "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
+            "the kernel was killed (SIGKILL), as the system does when memory runs out",
+        ),
+        (
+            "{}",
+            "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)",
+            "the kernel crashed (SIGSEGV)",
+        ),
+        ("{}", "raise ValueError('x' * 5_000_000)", "ValueError: xxxx"),
+    ],
+)
+def test_a_cell_without_an_end_is_ended_and_named(
+    tmp_path, capsys, monkeypatch, limits, source, said
+):
+    root = make_project(tmp_path, {"a": chapter("A", source)})
+    with (root / "book/profiles/quick.yml").open("a") as file:
+        file.write(f"limits: {limits}\n")
+    monkeypatch.chdir(root)
+    code, printed = mmsa_book(capsys, "run", "a")
+    assert code == 1
+    assert said in printed and printed.count("book/a.md, code cell") == 1
+    assert len(printed) < 50_000
+    wait_until(lambda: len(family(root)) <= 1)  # this test is one
+
+
+def test_wrong_limits_are_refused(tmp_path):
+    root = make_project(tmp_path, {"a": chapter("A", "1")})
+    quick = root / "book/profiles/quick.yml"
+    assert open_book(root).limits("quick") == LIMITS == open_book(root).limits("mine")
+    for text, said in {
+        "{seconds: 3}": "unknown limit 'seconds'",
+        "{cell_seconds: 0}": "cell_seconds takes a positive number",
+        "{output_mib: yes}": "output_mib takes a positive number",
+        "{output_mib: .inf}": "output_mib takes a positive number",
+        "[3]": "limits are {cell_seconds, output_mib}",
+    }.items():
+        quick.write_text(f"limits: {text}\n")
+        with pytest.raises((BookError, UnknownNameError)) as error:
+            open_book(root).profile("quick")
+        where = "book/profiles/quick.yml, line 1, limits"
+        assert str(error.value).startswith(where) and said in str(error.value)
 
 
 def test_two_builds_at_once_wait_for_each_other(tmp_path):

@@ -132,6 +132,7 @@ class Book:
         """
         file = self._profile(name)
         self.plans(name, "")  # a mistake there is told now
+        self.limits(name)
         common, own = file.mapping("all"), file.mapping("chapters")
         for chapter in own:
             with file.blamed("chapters", chapter):
@@ -160,7 +161,7 @@ class Book:
         return found
 
     def limits(self, name: str) -> dict[str, float]:
-        """What an execution may take under a profile: seconds a cell, MiB of output.
+        """What a cell may take under a profile: seconds, and MiB of output.
 
         `LIMITS` where the profile, or its file, says nothing.
         """
@@ -212,7 +213,7 @@ class Book:
 
 
 SECTIONS = ("all", "chapters", "bands", "plans", "limits")
-LIMITS = {"cell_seconds": 4 * 3600.0, "output_mib": 20.0}
+LIMITS = {"cell_seconds": 4 * 3600.0, "output_mib": 4.0}  # both of one cell
 _PLANS = "plans are {chapter: {corpus: {epochs: 3, ...}}}"
 _SHAPES = {
     "all": "parameters are {name: value}",
