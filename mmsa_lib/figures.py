@@ -407,7 +407,9 @@ def timeline(media, words, times, tracks: Mapping[str, tuple[str, np.ndarray]]):
         box = {"color": hue["text"], "alpha": 0.25, "ec": "none"}
         axes[0].axvspan(start + 0.01, end - 0.01, **box)
         middle = (start + end) / 2
-        axes[0].text(middle, 0.5, word, ha="center", va="center", fontsize=9)
+        axes[0].text(
+            middle, 0.5, word, ha="center", va="center", fontsize=9, parse_math=False
+        )
     heard = np.arange(len(media.audio))[::8] / media.rate
     axes[1].plot(heard, media.audio[::8], lw=0.5, color=ink(hue["audio"], 3))
     half = np.diff(media.frame_times).min() * 0.48
