@@ -98,13 +98,14 @@ def read_yaml(
     every other value that is no list or mapping. Raises `BookError` with file and line.
     """
     import yaml
+    from yaml.reader import ReaderError
 
     try:
         return yaml.load(text, _loader(as_written, _is_plain(text), texts))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line, why = mark.line if mark else 0, error.problem or error.context
-    except yaml.reader.ReaderError as error:
+    except ReaderError as error:
         line = text.count("\n", 0, error.position)
         why = "a character that may not stand there"
     except RecursionError:
@@ -143,6 +144,7 @@ def _is_plain(text: str) -> bool:
 def _loader(as_written: bool, fast: bool, texts: bool = False) -> type:
     """A safe loader of YAML; fast: the one in C, where it was built."""
     import yaml
+    from yaml.constructor import ConstructorError
 
     base = getattr(yaml, "CSafeLoader", yaml.SafeLoader) if fast else yaml.SafeLoader
 
@@ -155,7 +157,7 @@ def _loader(as_written: bool, fast: bool, texts: bool = False) -> type:
                 TypeError,
                 OverflowError,
             ) as error:  # such as 2026-13-01
-                raise yaml.constructor.ConstructorError(
+                raise ConstructorError(
                     None, None, str(error), node.start_mark
                 ) from error
 

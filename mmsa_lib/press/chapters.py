@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -254,7 +254,7 @@ class Profile:
         return value
 
     @contextmanager
-    def blamed(self, *keys: str) -> Iterator[None]:
+    def blamed(self, *keys: str) -> Generator[None]:
         """An error inside gets file and line in front."""
         try:
             yield

@@ -11,7 +11,7 @@ import gc
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -109,7 +109,7 @@ def states(book: Book, profile: str) -> list[State]:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def _no_collection() -> Generator[None]:
     """Syntax trees are very many objects and hold no rings: collecting finds none."""
     was_on = gc.isenabled()
     gc.disable()
