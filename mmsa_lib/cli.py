@@ -13,8 +13,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from mmsa_lib.errors import ConfigError, MmsaError
-from mmsa_lib.press.cli import app, main
+from mmsa_lib.errors import BookError, MmsaError, unknown
+from mmsa_lib.press.cli import app, main, pairs
+from mmsa_lib.press.values import seeds_of
 
 PUPPETS_ONLY = (
     "note: the tiny readout of the package scores. It has learned from the puppets' "
@@ -58,25 +59,30 @@ def data_get(
     from mmsa_lib.press.chapters import find_root, open_book
     from mmsa_lib.press.freshness import data_folder
 
+    options = _options(name, p or [])
     if not accept_terms and sys.stdin.isatty():
         print(corpora.terms(name))
         accept_terms = typer.confirm("Do you agree?")
     folder = data_dir or data_folder(open_book(find_root()))
-    where = corpora.prepare(name, folder, accept_terms, **_options(p or []))
+    where = corpora.prepare(name, folder, accept_terms, **options)
     if where is None:
         print(f"{name} is generated when it is loaded; there is nothing to get")
     else:
         print(f"{name} is in {where}")
 
 
-def _options(pairs: list[str]) -> dict[str, int | str]:
-    """``name=value`` pairs; whole numbers become numbers."""
-    found = {}
-    for pair in pairs:
-        name, separator, value = pair.partition("=")
-        if not separator:
-            raise ConfigError(f"-p {pair}: an option needs a name and a value")
-        found[name] = int(value) if value.isdigit() else value
+def _options(name: str, given: list[str]) -> dict[str, object]:
+    """``name=value`` pairs as values of the types that the corpus declares."""
+    from mmsa_lib import corpora
+    from mmsa_lib.press.values import annotated, check, typed
+
+    known, found = corpora.options(name), {}
+    for option, text in pairs(given, "an option"):
+        if option not in known:
+            raise unknown(f"option of {name}", option, known)
+        kind = annotated(known[option])
+        value = typed(option, text, None, kind)
+        found[option] = check(f"option {option} of {name}", option, value, None, kind)
     return found
 
 
@@ -197,7 +203,7 @@ def train(
 
     The epoch with the lowest validation loss is kept, evaluated once on the test split,
     and saved in the folder: a PEFT adapter, the regressor, and a run record. Score
-    other clips with it: mmsa-book predict --model FOLDER.
+    other clips with it: mmsa-book predict CLIP --model FOLDER.
 
     Samples a step are batch size x accumulate x processes; the defaults give 8 on one
     (for several: torchrun --no-python mmsa-book train). Rates are for MOSI; halve both
@@ -218,11 +224,10 @@ def train(
 
 def _seeds(text: str) -> list[int]:
     try:
-        return [int(s) for s in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(
-            f"{text}: expected whole numbers, such as 0,1,2", param_hint="--seeds"
-        ) from None
+        return seeds_of(text)
+    except BookError as error:
+        words = f"{error} (expected whole numbers, such as 0,1,2)"
+        raise typer.BadParameter(words, param_hint="--seeds") from error
 
 
 if __name__ == "__main__":

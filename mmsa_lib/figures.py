@@ -131,7 +131,12 @@ def colours(names: Iterable[str]) -> dict[str, str]:
 
 
 def style() -> None:
-    """Make the house style the default of everything drawn from now on."""
+    """Make the house style the default of everything drawn from now on.
+
+    A reader's own settings (matplotlibrc) do not count: what the house style leaves
+    open is as matplotlib is shipped.
+    """
+    mpl.rcdefaults()
     mpl.rcParams.update(RC)
 
 
@@ -402,7 +407,9 @@ def timeline(media, words, times, tracks: Mapping[str, tuple[str, np.ndarray]]):
         box = {"color": hue["text"], "alpha": 0.25, "ec": "none"}
         axes[0].axvspan(start + 0.01, end - 0.01, **box)
         middle = (start + end) / 2
-        axes[0].text(middle, 0.5, word, ha="center", va="center", fontsize=9)
+        axes[0].text(
+            middle, 0.5, word, ha="center", va="center", fontsize=9, parse_math=False
+        )
     heard = np.arange(len(media.audio))[::8] / media.rate
     axes[1].plot(heard, media.audio[::8], lw=0.5, color=ink(hue["audio"], 3))
     half = np.diff(media.frame_times).min() * 0.48
@@ -494,7 +501,8 @@ def _check_words(name: str, alt: str, caption: str) -> None:
 
 
 def _picture(figure: Figure) -> tuple[str, bytes]:
-    with mpl.rc_context(RC):
+    with mpl.rc_context():
+        style()
         svg = io.BytesIO()
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
         if svg.tell() <= _DENSE:
@@ -521,7 +529,9 @@ def player(film: Path, still: np.ndarray, *, label: str, words: str):
             "seen and heard, for a reader who cannot see or hear it"
         )
     poster = io.BytesIO()
-    imsave(poster, still, format="png")
+    with mpl.rc_context():
+        style()
+        imsave(poster, still, format="png")
     picture, content = (
         base64.b64encode(x).decode() for x in (poster.getvalue(), film.read_bytes())
     )

@@ -1,14 +1,18 @@
-"""Files on the ground floor: whole or not at all, hashes, and the checkout's root."""
+"""Files on the ground floor: texts that name their faults, whole writes, hashes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
+
+from mmsa_lib.errors import BookError
 
 ROOT = Path(__file__).resolve().parent.parent  # the checkout, when there is one
 
@@ -60,3 +64,126 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
     data = content.encode() if isinstance(content, str) else content
     with replacing(path) as part:
         part.write_bytes(data)
+
+
+def read_text(path: str | Path, shown: str) -> str:
+    """A text in UTF-8, without a byte order mark and with plain ends of lines.
+
+    shown: the file's name in messages. Raises `BookError` with the line of a byte that
+    is not UTF-8.
+    """
+    data = Path(path).read_bytes()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise BookError(
+            f"{shown}, line {line}: the byte {data[error.start]:02X} is not UTF-8. "
+            "Save the file in the encoding UTF-8"
+        ) from error
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_yaml(
+    text: str,
+    shown: str,
+    first: int = 1,
+    as_written: bool = False,
+    texts: bool = False,
+):
+    """The value of a text in YAML; None if it is empty.
+
+    shown: the file's name in messages; first: the number of its first line there.
+    as_written: dates, ``1:30`` and ``yes`` are texts, ``010`` is ten. texts: so is
+    every other value that is no list or mapping. Raises `BookError` with file and line.
+    """
+    import yaml
+    from yaml.reader import ReaderError
+
+    try:
+        return yaml.load(text, _loader(as_written, _is_plain(text), texts))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line, why = mark.line if mark else 0, error.problem or error.context
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position)
+        why = "a character that may not stand there"
+    except RecursionError:
+        line, why = 0, "its values are nested too deep"
+    line = first + min(line, text.rstrip().count("\n"))
+    raise BookError(f"{shown}, line {line}: this cannot be read as YAML: {why}")
+
+
+def line_in_yaml(text: str, *path: str | int) -> int:
+    """The line, from 1, of what lies at the end of a path of keys and positions.
+
+    Of a path that ends early the line of the last part that is there.
+    """
+    import yaml
+
+    node, line = yaml.compose(text, _loader(False, _is_plain(text))), 1
+    for step in path:
+        if isinstance(node, yaml.MappingNode):
+            found = [pair for pair in node.value if pair[0].value == str(step)]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int):
+            found = [(child, child) for child in node.value[step : step + 1]]
+        else:
+            break
+        if not found:
+            break
+        line, node = found[-1][0].start_mark.line + 1, found[-1][1]
+    return line
+
+
+def _is_plain(text: str) -> bool:
+    """Whether no nesting in it can exhaust the stack of the loader written in C."""
+    return sum(map(text.count, "[{?-")) < 10_000
+
+
+@cache
+def _loader(as_written: bool, fast: bool, texts: bool = False) -> type:
+    """A safe loader of YAML; fast: the one in C, where it was built."""
+    import yaml
+    from yaml.constructor import ConstructorError
+
+    base = getattr(yaml, "CSafeLoader", yaml.SafeLoader) if fast else yaml.SafeLoader
+
+    class Loader(base):
+        def construct_object(self, node, deep=False):
+            try:
+                return super().construct_object(node, deep)
+            except (
+                ValueError,
+                TypeError,
+                OverflowError,
+            ) as error:  # such as 2026-13-01
+                raise ConstructorError(
+                    None, None, str(error), node.start_mark
+                ) from error
+
+    if texts:
+        Loader.yaml_implicit_resolvers = {}
+        return Loader
+    if not as_written:
+        return Loader
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, rule) for tag, rule in rules if tag not in _AS_WRITTEN]
+        for first, rules in Loader.yaml_implicit_resolvers.items()
+    }
+    for tag, (rule, first) in _AS_WRITTEN.items():
+        if rule:
+            Loader.add_implicit_resolver(tag, re.compile(rf"(?:{rule})$"), first)
+    Loader.add_constructor(_TAG + "int", lambda loader, node: int(node.value))
+    return Loader
+
+
+_TAG = "tag:yaml.org,2002:"
+_AS_WRITTEN = {  # tag: what is read so, and how it may begin
+    f"{_TAG}bool": ("true|True|TRUE|false|False|FALSE", "tTfF"),
+    f"{_TAG}int": ("[-+]?[0-9]+", "-+0123456789"),
+    f"{_TAG}float": (
+        r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+][0-9]+)?",
+        "-+.0123456789",
+    ),
+    f"{_TAG}timestamp": ("", ""),
+}

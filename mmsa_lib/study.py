@@ -18,13 +18,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 
 import numpy as np
-import yaml
 from torch import nn
 
 from mmsa_lib import metrics, runs, training
 from mmsa_lib.corpora.schema import Corpus, Split
 from mmsa_lib.errors import ConfigError, unknown
-from mmsa_lib.files import ROOT
+from mmsa_lib.files import ROOT, read_text, read_yaml
 from mmsa_lib.runs import Number, RunRecord
 from mmsa_lib.tasks import SENTIMENT, Loss, Task, joint, several
 from mmsa_lib.training import Frozen, Rule, TrainConfig
@@ -48,7 +47,9 @@ def plan_of(chapter: str, corpus: str, profile: str = "quick", **changes) -> dic
     known = {p.stem: p for p in folder.glob("*.yml")}
     if profile not in known:
         raise unknown("profile", profile, known)
-    plans = yaml.safe_load(known[profile].read_text(encoding="utf-8")).get("plans", {})
+    text = read_text(known[profile], f"{profile}.yml")
+    content = read_yaml(text, f"{profile}.yml", as_written=True) or {}
+    plans = content.get("plans") or {}
     if chapter not in plans:
         raise unknown(f"chapter with plans in {profile}.yml", chapter, plans)
     own = plans[chapter]

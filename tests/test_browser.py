@@ -14,10 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from bs4 import BeautifulSoup
 from conftest import ROOT
 from processes import start
 from test_press import HEADER, cell
 
+from mmsa_lib import runs
+from mmsa_lib.files import write_atomic
+from mmsa_lib.press.cards import RECORDS, STATUS
 from mmsa_lib.press.chapters import open_book
 from mmsa_lib.press.cli import gated
 from mmsa_lib.press.freshness import states
@@ -474,3 +478,103 @@ def test_the_visit_would_notice(chromium, tmp_path):
     assert len(bad.faint["light"]) == 2
     assert len(bad.wide) == 2
     assert bad.headings == bad.cards == []
+
+
+# ---------------------------------------------------------------- foreign texts
+
+SCRIPT = "<script>window.hit=true</script><img src=x onerror=window.hit=true>"
+NAME = "<img src=x onerror=window.hit=true> {raw}`y` *z*"  # no slash
+BREAKS = f"a\n```\n\n</td></dl></pre>\n\n{SCRIPT}\n\n`x` $z$ {SCRIPT}"
+FOREIGN = """
+from IPython.display import display
+from mmsa_lib import figures, runs
+from mmsa_lib.errors import unknown
+from mmsa_lib.predict import Prediction
+from mmsa_lib.study import facts_table
+
+corpus = {"name": note, "sha256": "0" * 64, "synthetic": True}
+record = runs.seal(
+    runs.RunRecord(
+        NAME, "training", "2026-01-02T03:04:05+00:00", chapter="a", seeds=[0],
+        corpus=corpus, parameters={note: note}, environment={"cpu": note},
+        code={"commit": note}, per_seed=[{"seed": 0, "test": {"mae": 0.5}}],
+        resources={"wall_seconds": 3.0},
+    )
+)
+_ = runs.save(record)
+"""
+SHOWN = (
+    "runs.table([record], {note: 'test.mae'}, names={record.name: note}, caption=note)",
+    "runs.run_card([record])",
+    "runs.say(note + ' {n}', n=runs.number(record, 'test.mae'))",
+    "runs.claim(False, note)",
+    "facts_table([note, note], [[note, note]], note)",
+    "print(note)",
+    "note",
+    "try:\n    raise unknown('clip', note, [note])\n"
+    "except KeyError as error:\n    print(error)\n    display(str(error))",
+    "print(Prediction(note, None, note))",
+    "figure, ax = figures.canvas()\n_ = ax.set_title(note, parse_math=False)\n"
+    "figures.show(figure, name='a', alt='A picture of ' + note, "
+    "caption='A caption of ' + note)",
+)
+
+
+@pytest.fixture(scope="session")
+def foreign_site(tmp_path_factory) -> Path:
+    """A small book into which every text that is not ours brings a script."""
+    root = tmp_path_factory.mktemp("foreign")
+    parameters = cell(
+        f'profile = "quick"\nnote = {BREAKS!r}\nNAME = {NAME!r}',
+        ":tags: [parameters, illustration]\n",
+    )
+    cells = [cell(source, ":tags: [illustration]\n") for source in (FOREIGN, *SHOWN)]
+    files = {
+        "_toc.yml": "format: jb-book\nroot: book/index\nchapters:\n"
+        "- file: book/a\n- file: book/status\n- file: book/records\n",
+        "book/index.md": "# Foreign\n",
+        "book/a.md": f"{HEADER}\n# A\n\n{parameters}{''.join(cells)}",
+        "book/status.md": f"# Status\n\n## Each\n\n{STATUS}\n",
+        "book/records.md": f"# Records\n\n{RECORDS}\n",
+        "book/profiles/other.yml": "all: {}\n",
+    }
+    for name, text in files.items():
+        write_atomic(root / name, text)
+    shutil.copyfile(ROOT / "_config.yml", root / "_config.yml")
+    shutil.copyfile(ROOT / "book/references.bib", root / "book/references.bib")
+    shutil.copytree(ROOT / "book/_static", root / "book/_static")
+    for chapter in (NAME, None):
+        record = runs.RunRecord(
+            NAME,
+            "benchmark",
+            "2026-01-02T03:04:05+00:00",
+            chapter=chapter,
+            corpus={"name": BREAKS, "sha256": "1" * 64},
+            environment={"cpu": BREAKS},
+            code={"commit": SCRIPT},
+        )
+        runs.save(runs.seal(record), root / "results")
+    build = start(root, "build", "--profile", "other")  # a quick build is strict
+    printed = build.communicate()[0]
+    assert build.returncode == 0, printed
+    return root / "_build" / "html"
+
+
+def test_foreign_texts_are_texts_in_the_source(foreign_site):
+    pages = [
+        foreign_site / "book" / f"{name}.html" for name in ("a", "status", "records")
+    ]
+    for page in pages:
+        soup = BeautifulSoup(page.read_text(), "html.parser")
+        assert not soup.select("[onerror]"), page.name
+        assert not [s for s in soup.find_all("script") if "window.hit" in s.text]
+        assert "onerror=window.hit=true" in soup.text
+
+
+def test_foreign_texts_execute_nothing_in_a_browser(foreign_site, chromium):
+    page = chromium.new_page()
+    for path in sorted(foreign_site.rglob("*.html")):
+        page.goto(path.as_uri())
+        page.evaluate(SETTLED)
+        assert page.evaluate("window.hit") is None, path.name
+    page.close()

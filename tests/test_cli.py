@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT, command
 from test_press import cell, chapter, make_project
 
+from mmsa_lib.cli import _options
 from mmsa_lib.corpora.clips import puppet_clips
 
 CHAPTER = chapter("A") + cell("import json, numpy\nprint(1)", ":tags: [illustration]\n")
@@ -101,3 +102,28 @@ def test_data_asks_where_somebody_can_answer(monkeypatch, tmp_path, capsys):
     assert "an option needs a name and a value" in capsys.readouterr().err
     assert command("data", "get", "mosei") == 2
     assert "mosei-video" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "pair", "value"),
+    [
+        ("clips", "folder=2024", "2024"),
+        ("mosei-video", "path=010", "010"),
+        ("mosei-video", "path=a=b.npz", "a=b.npz"),
+        ("mosi-text-audio", "encoder=12", "12"),
+        ("mosi-text-audio", "batch_size=010", 10),
+        ("mosi-text-audio", "text_features=yes", "yes"),
+    ],
+)
+def test_options_of_a_corpus_are_what_was_written(name, pair, value):
+    option = pair.partition("=")[0]
+    found = _options(name, [pair])
+    assert found == {option: value}
+
+
+def test_wrong_options_of_a_corpus_are_refused(tmp_path, capsys):
+    get = ("data", "get", "mosi-text-audio", "--data-dir", tmp_path, "-p")
+    assert command(*get, "batch_size", "many") == 1
+    assert "option batch_size of mosi-text-audio" in capsys.readouterr().err
+    assert command(*get, "encodr", "x") == 2
+    assert "Did you mean 'encoder'?" in capsys.readouterr().err

@@ -401,3 +401,54 @@ def test_a_clip_lies_on_one_time_axis():
     assert len(axes[2].images) == 3
     beside = [t.xyann[0] for t in axes[3].texts]
     assert beside[1] < 0.5 < beside[0]  # on either side of the peak
+
+
+TASTES = {
+    "text.usetex": True,
+    "text.antialiased": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mine",
+    "font.size": 23,
+    "font.family": "serif",
+    "axes.grid": True,
+    "axes.facecolor": "black",
+    "axes.formatter.use_locale": True,
+    "axes.xmargin": 0.4,
+    "lines.marker": "x",
+    "lines.linestyle": ":",
+    "patch.linewidth": 7,
+    "path.simplify": False,
+    "legend.frameon": True,
+    "image.origin": "lower",
+    "image.interpolation": "nearest",
+    "figure.dpi": 33,
+    "savefig.dpi": 33,
+    "savefig.bbox": "tight",
+    "savefig.transparent": True,
+    "savefig.facecolor": "red",
+    "xtick.direction": "in",
+    "ytick.left": False,
+}
+
+
+@pytest.mark.parametrize("draw", [_strip, _curves, _tradeoff])
+def test_a_readers_own_settings_change_no_figure(draw):
+    pictures = []
+    for taste in ({}, TASTES):
+        with matplotlib.rc_context(taste):
+            figure, _ = draw()
+            with matplotlib.rc_context(taste):  # set again before it is shown
+                pictures.append(figures.card(figure, **WORDS))
+    assert pictures[0] == pictures[1]
+
+
+def test_a_readers_own_settings_change_no_poster(tmp_path):
+    film = tmp_path / "film.mp4"
+    film.write_bytes(b"a film")
+    still = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    posters = []
+    for taste in ({}, TASTES):
+        with matplotlib.rc_context(taste):
+            made = figures.player(film, still, label="A film", words="A dot goes up.")
+            posters.append(made.data)
+    assert posters[0] == posters[1]

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,14 +13,22 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from processes import family, start, wait_until
+from processes import family, finish, start, wait_until
 
 from mmsa_lib.errors import BookError, UnknownNameError
 from mmsa_lib.files import write_atomic
 from mmsa_lib.press import cli
-from mmsa_lib.press.chapters import UNCLEAR, find_root, open_book, parse, read_chapter
+from mmsa_lib.press.chapters import (
+    LIMITS,
+    UNCLEAR,
+    find_root,
+    open_book,
+    parse,
+    read_chapter,
+)
 from mmsa_lib.press.closure import every_node, reach
 from mmsa_lib.press.freshness import states
+from mmsa_lib.press.values import seeds_of
 
 pytestmark = pytest.mark.usefixtures("no_orphans")
 
@@ -101,7 +110,7 @@ def test_cells_are_those_of_jupytext(tmp_path):
         + cell(
             "y = 2", "---\ntags: [hide-input, remove-output]\nmystnb:\n  a: b\n---\n"
         )
-        + "~~~{code-cell}\nz = 3\n~~~\n\n- a list\n  ```{code-cell}\n  no = 1\n  ```\n"
+        + "~~~{code-cell}\nz = 3\n~~~\n\n- a list\n  ```python\n  no = 1\n  ```\n"
         + "````{code-cell}\ntext = '```'\n````\n"
     )
     (tmp_path / "tricky.md").write_text(tricky)
@@ -139,6 +148,7 @@ def test_parameters_and_their_types(tmp_path):
     good = {"corpus": "mosi", "seeds": [4], "lr": 1, "device": "cuda", "unclear": {}}
     assert a.check(good) == good
     bad = {"epochs": 2.5, "seeds": 3, "flag": 1, "lr": "fast", "corpus": 7}
+    bad |= {"device": 3}
     for name, value in bad.items():
         with pytest.raises(BookError, match=f"parameter {name} of a is .* by default"):
             a.check({name: value})
@@ -261,8 +271,372 @@ def test_plans_are_part_of_the_key_of_their_chapter_only(tmp_path, capsys, monke
         write(wrong)
         code, printed = mmsa_book(capsys, "status")
         assert code == 1
-        assert f"error: {quick.relative_to(root)}, plans" in printed
+        assert f"error: {quick.relative_to(root)}, line 2, plans" in printed
         assert problem in printed
+
+
+# ---------------------------------------------------------------- what cannot be read
+
+SHOUT = cell("print(1)", ":tags: [illustration]\n")
+NO_KERNEL = HEADER.replace(HEADER[HEADER.index("kernelspec") : -4], "")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: "\ufeff" + text,
+        lambda text: text.replace("\n", "\r\n"),
+        lambda text: text.replace("\n", "\r"),
+        lambda text: "\ufeff" + text.replace("\n", "\r\n"),
+        lambda text: text.replace("---\n", "--- \n"),
+        lambda text: text.replace("---\n", "---\t\n", 1),
+        lambda text: text.rstrip(),
+        lambda text: text.replace("---\nkernelspec", "---\n# a comment\nkernelspec"),
+    ],
+)
+def test_how_a_file_was_saved_does_not_matter(tmp_path, change):
+    root = make_project(tmp_path, {"a": chapter("A") + SHOUT})
+    path = root / "book/a.md"
+    before = open_book(root)["a"]
+    path.write_bytes(change(path.read_text()).encode())
+    after = open_book(root)["a"]
+    assert (after.cells, after.parameters) == (before.cells, before.parameters)
+    assert "\r" not in after.text and after.text.startswith("---")
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("\n" + HEADER + "\n# A\n\n" + SHOUT, 15, "no header that can be read"),
+        (" " + HEADER + "\n# A\n\n" + SHOUT, 14, "no header that can be read"),
+        ("<!-- x -->\n" + HEADER + SHOUT, 12, "no header that can be read"),
+        (HEADER.replace("---", "--") + SHOUT, 11, "no header that can be read"),
+        (HEADER[:-4] + "\n# A\n\n" + SHOUT, 13, "no header that can be read"),
+        ("# A\n\n" + SHOUT, 3, "no header that can be read"),
+        ("---\n---\n" + SHOUT, 3, "no kernelspec"),
+        (NO_KERNEL + "\n# A\n\n" + SHOUT, 10, "no kernelspec"),
+        (HEADER.replace("kernelspec", "Kernelspec") + SHOUT, 11, "no kernelspec"),
+        (HEADER.replace("language: python", "language: R"), 6, "language: python"),
+        ("---\nkernelspec: python\n---\n" + SHOUT, 2, "language: python"),
+        ("---\nkernelspec:\n---\n" + SHOUT, 2, "language: python"),
+        ("---\nkernelspec: [\n---\n" + SHOUT, 2, "YAML"),
+        ("---\na: 1\n b: 2\n---\n" + SHOUT, 3, "YAML"),
+        ("---\njust words\n---\n" + SHOUT, 2, "a header is name: value"),
+        ("---\na: !!python/name:os.system x\n---\n", 2, "YAML"),
+        # cells that look like cells and stand where nothing is executed
+        (HEADER + SHOUT + "- x\n  ```{code-cell}\n  1\n  ```\n", 17, "left margin"),
+        (HEADER + SHOUT + "> ```{code-cell}\n> 1\n> ```\n", 16, "left margin"),
+        (HEADER + SHOUT + "``` {code-cell}\n1\n```\n", 16, "left margin"),
+        (HEADER + SHOUT + ":::{code-cell}\n1\n:::\n", 16, "left margin"),
+        (HEADER + SHOUT + "Words.\n:::{code-cell}\n1\n:::\n", 17, "left margin"),
+        (HEADER + SHOUT + "    ```{code-cell}\n    1\n    ```\n", 16, "left margin"),
+        (
+            HEADER + SHOUT + "````{note}\nx\n```{code-cell}\n1\n```\n````\n",
+            18,
+            "left margin",
+        ),
+        ("# A\n\n- x\n\n  ```{code-cell}\n  1\n  ```\n", 5, "left margin"),
+        (HEADER + "````md\nnever closed\n\n" + SHOUT, 14, "left margin"),
+        (HEADER + "```{code-cell}\n1\n\n````{code-cell}\n2\n", 11, "never closed"),
+        # options of cells
+        (HEADER + cell("1", ":tags: [a\n"), 12, "YAML"),
+        (HEADER + cell("1", ":name: a\n:tags: {a\n"), 13, "YAML"),
+        (HEADER + cell("1", ":tags\n"), 12, "options of a cell are name: value"),
+        (HEADER + cell("1", ":tags: 3\n"), 12, "tags are words"),
+        (HEADER + cell("1", ":tags: [a, 3]\n"), 12, "tags are words"),
+        (HEADER + cell("1", "---\nname: a\ntags: {b: 1}\n---\n"), 14, "tags are words"),
+        (HEADER + cell("1", "---\ntags: [\n---\n"), 13, "YAML"),
+        (HEADER + cell("1", "---\ntags: [a]\n"), 12, "not closed"),
+    ],
+)
+def test_what_would_not_be_executed_is_an_error_with_file_and_line(
+    tmp_path, capsys, monkeypatch, text, line, words
+):
+    root = make_project(tmp_path, {"a": text})
+    monkeypatch.chdir(root)
+    code, printed = mmsa_book(capsys, "status")
+    assert (code, "Traceback" in printed) == (1, False)
+    assert printed.startswith(f"error: book/a.md, line {line}: "), printed
+    assert words in printed
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# A\n\nA word on `{code-cell}`.\n",
+        "# A\n\n````md\n```{code-cell}\n1\n```\n````\n",
+        "# A\n\n````{code-block} md\n```{code-cell}\n1\n```\n````\n",
+        "# A\n\n<!--\n```{code-cell}\n1\n```\n-->\n",
+        "---\norphan: true\n---\n\n# A\n",
+    ],
+)
+def test_a_page_that_only_speaks_of_cells_is_no_chapter(tmp_path, text):
+    root = make_project(tmp_path, {"a": text})
+    assert list(open_book(root).chapters) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("_toc.yml", "format: [", "_toc.yml, line 1: this cannot be read as YAML"),
+        ("_toc.yml", "root: book/index\n\tx: 1", "_toc.yml, line 2: this cannot"),
+        ("_toc.yml", "", "_toc.yml, line 1: a table of contents is"),
+        ("_toc.yml", "- book/index", "_toc.yml, line 1: a table of contents is"),
+        ("_toc.yml", "format: x", "_toc.yml, line 1: a table of contents is"),
+        ("_toc.yml", "root: 3", "_toc.yml, line 1: root is the name of a page"),
+        (
+            "_toc.yml",
+            "root: book/index\nchapters:\n- file: [a]\n",
+            "_toc.yml, line 3: file is the name of a page",
+        ),
+        (
+            "_toc.yml",
+            "root: book/index\nchapters:\n- file: ../../x\n",
+            "_toc.yml, line 3: '../../x' lies outside the book",
+        ),
+        ("_toc.yml", b"root: caf\xe9", "_toc.yml, line 1: the byte E9 is not UTF-8"),
+        ("_config.yml", "title: a\nb: {", "_config.yml, line 2: this cannot be read"),
+        ("_config.yml", "- a", "_config.yml, line 1: settings are name: value"),
+        ("_config.yml", b"\xff\xfet\x00", "_config.yml, line 1: the byte FF is not"),
+        (
+            "book/index.md",
+            b"# A\n\nEin W\xf6rtchen.\n",
+            "book/index.md, line 3: the byte",
+        ),
+        ("book/a.md", "# A\n".encode("utf-16"), "book/a.md, line 1: the byte"),
+        (
+            "book/a.md",
+            (HEADER + "\n\xe4\n" + SHOUT).encode("latin-1"),
+            "book/a.md, line 12: the byte E4 is not UTF-8",
+        ),
+        ("mmsa_lib/used.py", b"A = '\xe4'\n", "mmsa_lib/used.py, line 1: the byte E4"),
+        ("mmsa_lib/used.py", "A = 1\nB = (\n", "mmsa_lib/used.py, line 2: '('"),
+        ("mmsa_lib/used.py", "A = '\0'\n", "mmsa_lib/used.py, line 1: source code"),
+        *(
+            (
+                "book/profiles/quick.yml",
+                content,
+                f"book/profiles/quick.yml, line {said}",
+            )
+            for content, said in (
+                ("all: {a", "1: this cannot be read as YAML"),
+                ("all: {}\nplans:\n  a: *x", "3: this cannot be read as YAML"),
+                ("- all", "1: a profile is a mapping"),
+                ("all: 3", "1, all: parameters are {name: value}"),
+                ("\nall: [a]", "2, all: parameters are {name: value}"),
+                ("chapters: {}\nall: {3: 4}", "2, all: parameters are {name: value}"),
+                ("chapters:\n  a: 3", "2, chapters, a: chapters are {chapter:"),
+                ("chapters:\n\n  b: {}", "3, chapters, b: unknown chapter 'b'"),
+                ("all: {profile: 3}", "1, all: parameter profile of a is"),
+                (
+                    "chapters:\n  a:\n    profile: [x]",
+                    "2, chapters, a: parameter profile",
+                ),
+                ("chapters:\n  a:\n    x: 1", "2, chapters, a: unknown parameter of a"),
+                ("some: 1", "1, some: unknown key in quick.yml 'some'"),
+                (
+                    "plans:\n  a:\n    b: {lr: 1e-3}",
+                    "3, plans, a, b: YAML reads lr 1e-3",
+                ),
+                (b"# \xe4\n", "1: the byte E4 is not UTF-8"),
+            )
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_its_line(
+    tmp_path, capsys, monkeypatch, name, content, said
+):
+    text = chapter("A", "from mmsa_lib import used")
+    root = make_project(tmp_path, {"a": text})
+    data = content if isinstance(content, bytes) else content.encode()
+    (root / name).write_bytes(data)
+    monkeypatch.chdir(root)
+    code, printed = mmsa_book(capsys, "status")
+    assert code in (1, 2) and "Traceback" not in printed
+    assert printed.startswith(f"error: {said}"), printed
+
+
+def test_a_broken_band_is_named_when_the_book_is_built(tmp_path):
+    root = make_project(tmp_path, {"a": chapter("A", "1")})
+    quick = root / "book/profiles/quick.yml"
+    for text, said in {
+        "bands: [a]": "line 1, bands: bands are {chapter:",
+        "bands:\n  a:\n    b: 3": "line 3, bands, a, b: bands are",
+        "bands:\n  b: {}": "line 2, bands, b: unknown chapter 'b'",
+        "bands:\n  a:\n    b:\n      c: [1, x]": "line 4, bands, a, b, c: a band is",
+        "bands:\n  a:\n    b:\n      c: [.nan, 1]": "line 4, bands, a, b, c: a band is",
+        "bands:\n  a:\n    b: {c: [true, false]}": "line 3, bands, a, b, c: a band is",
+    }.items():
+        quick.write_text(text)
+        with pytest.raises((BookError, UnknownNameError)) as error:
+            open_book(root).bands("quick")
+        assert str(error.value).startswith(f"book/profiles/quick.yml, {said}")
+
+
+def test_numbers_of_a_profile_are_decimal(tmp_path):
+    text = chapter("A", parameters="profile = ''\nepochs = 1\ndata_dir = None\nf = 0.5")
+    root = make_project(tmp_path, {"a": text})
+    quick = root / "book/profiles/quick.yml"
+    quick.write_text("all: {epochs: 010, data_dir: 2026-01-02, f: 1, profile: no}\n")
+    assert open_book(root).profile("quick")["a"] == {
+        **{"epochs": 10, "data_dir": "2026-01-02", "f": 1, "profile": "no"},
+    }
+    for wrong in ("epochs: yes", "epochs: 1:30", "epochs: 1.0", "f: .inf", "f: x"):
+        quick.write_text(f"all: {{{wrong}}}\n")
+        with pytest.raises(BookError, match=r"quick\.yml, line 1, all: parameter"):
+            open_book(root).profile("quick")
+
+
+# ---------------------------------------------------------------- values as written
+
+TYPED = """\
+data_dir = None
+epochs = None
+device = None
+steps = 2
+rate = 0.1
+flag = False
+note = "x"
+home_dir = ""
+names = ["a"]
+seeds = [0, 1]
+table = {"a": 1}
+brats: "Path | None" = None
+backbone: "str | Path" = "tiny"
+pair: tuple[int, float] = (1, 2.0)
+maybe: Optional[float] = None
+nothing = None
+"""
+
+
+@pytest.fixture
+def typed(tmp_path, monkeypatch):
+    """Reads ``-p NAME VALUE`` in a folder that has a folder ``there``."""
+    (tmp_path / "a.md").write_text(chapter("A", parameters=TYPED))
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path)
+    a = read_chapter(tmp_path / "a.md")
+    return lambda name, text: cli._parameters(a, [f"{name}={text}"])[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        *(("data_dir", t, f"/{t}") for t in ("no", "2024-01-01", "010", "1e3", "null")),
+        *(
+            ("data_dir", t, f"/{t}")
+            for t in ("[a]", "a b", "true", "1:30", "{x", "a=b")
+        ),
+        ("data_dir", "/abs", "/abs"),
+        ("data_dir", "", None),
+        ("brats", "./folder", "/folder"),
+        ("brats", "3", "/3"),
+        ("home_dir", "no", "/no"),
+        ("backbone", "tiny", "tiny"),
+        ("backbone", "./folder", "/folder"),
+        ("backbone", "there", "/there"),
+        ("backbone", "Qwen/Qwen2.5-Omni-7B", "Qwen/Qwen2.5-Omni-7B"),
+        ("backbone", "no", "no"),
+        ("note", "010", "010"),
+        ("note", "yes", "yes"),
+        ("note", "2024-01-01", "2024-01-01"),
+        ("note", "", ""),
+        ("note", "null", "null"),
+        ("device", "null", None),
+        ("epochs", "null", None),
+        ("epochs", "010", 10),
+        ("steps", "010", 10),
+        ("steps", "-3", -3),
+        ("rate", "010", 10.0),
+        ("rate", "1e-3", 0.001),
+        ("rate", ".5", 0.5),
+        ("maybe", "none", None),
+        ("maybe", "3", 3.0),
+        ("flag", "yes", True),
+        ("flag", "False", False),
+        ("names", "[no, 010, 2024-01-01]", ["no", "010", "2024-01-01"]),
+        ("seeds", "[010, 3]", [10, 3]),
+        ("pair", "[1, 2.5]", [1, 2.5]),
+        (
+            "table",
+            "{a: 010, b: [x, 1.5], c: null}",
+            {"a": 10, "b": ["x", 1.5], "c": None},
+        ),
+    ],
+)
+def test_a_value_is_what_was_written(typed, tmp_path, name, text, value):
+    inside = isinstance(value, str) and value.startswith("/") and value != "/abs"
+    expected = f"{tmp_path}{value}" if inside else value
+    found = typed(name, text)
+    assert (found, type(found)) == (expected, type(expected))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        *(("epochs", t, "takes a whole number") for t in ("yes", "1:30", "1.5", "1e3")),
+        *(
+            ("steps", t, "takes a whole number")
+            for t in ("no", "0x10", "1_000", "null")
+        ),
+        *(("steps", t, "takes a whole number") for t in ("2024-01-01", "", " 3", "٣")),
+        *(
+            ("rate", t, "takes a number")
+            for t in ("nan", ".inf", "1e999", "1:30", "no")
+        ),
+        *(("flag", t, "takes a truth value") for t in ("1", "maybe", "")),
+        *(("names", t, "takes a list") for t in ("a", "0,1", "{a: 1}")),
+        ("names", "[a, [b]]", "takes a list of texts"),
+        ("names", "[a", "is written '[0, 1, 2]'"),
+        ("table", "[1]", "takes a mapping"),
+        ("pair", "[1, x]", "takes a list of whole numbers or numbers"),
+        ("seeds", "[a]", "takes a list of whole numbers"),
+        ("seeds", "[1.5]", "takes a list of whole numbers"),
+        ("seeds", "[true]", "takes a list of whole numbers"),
+        ("seeds", "3", "takes a list of whole numbers"),
+        ("seeds", "[]", "there is no seed"),
+        ("seeds", "[0, 0]", "the seed 0 is there twice"),
+        ("seeds", "[1, 01]", "the seed 1 is there twice"),
+        ("seeds", "[-1]", "a seed is from 0 to 4294967295; found -1"),
+        ("seeds", "[4294967296]", "a seed is from 0 to 4294967295"),
+        ("nothing", "3", "declares no type"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_refused(typed, name, text, words):
+    with pytest.raises(BookError, match=f"{name}.*{re.escape(words)}"):
+        typed(name, text)
+
+
+def test_a_parameter_is_given_once(typed, tmp_path):
+    a = read_chapter(tmp_path / "a.md")
+    with pytest.raises(BookError, match="-p steps: a parameter is given once"):
+        cli._parameters(a, ["steps=1", "steps=2"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "found ''"),
+        (",", "found ''"),
+        ("0,,1", "found ''"),
+        ("a", "found 'a'"),
+        ("1.0", "found '1.0'"),
+        ("0,0", "the seed 0 is there twice"),
+        ("0,00", "the seed 0 is there twice"),
+        ("-1", "a seed is from 0 to"),
+        ("4294967296", "a seed is from 0 to"),
+    ],
+)
+def test_wrong_seeds_are_refused_by_name(text, words):
+    with pytest.raises(BookError, match=re.escape(words)) as error:
+        seeds_of(text)
+    assert str(error.value).startswith(f"--seeds {text}")
+    assert seeds_of("0, 010,4294967295") == [0, 10, 4294967295]
+
+
+def test_every_parameter_of_the_book_declares_its_type():
+    for chapter in open_book(ROOT).chapters.values():
+        assert not [name for name, kind in chapter.kinds.items() if kind is None]
 
 
 # ---------------------------------------------------------------- closure
@@ -545,6 +919,42 @@ def test_run_takes_parameters_of_its_own(tmp_path, capsys, monkeypatch):
     assert states(open_book(root), "quick")[0].reasons == ("never executed",)
 
 
+def test_a_readers_own_settings_reach_no_chapter(tmp_path, capsys, monkeypatch):
+    """matplotlibrc in every place where matplotlib looks, and what Python executes."""
+    look = (
+        "import matplotlib as mpl\nfrom pathlib import Path\n"
+        "usual = dict(mpl.rcParamsDefault)\nusual.pop('backend')\n"
+        "print(all(mpl.rcParams[k] == v for k, v in usual.items()), mpl.get_backend())"
+    )
+    root = make_project(tmp_path / "book", {"a": chapter("A", look)})
+    taste = "text.usetex: True\nfont.size: 23\nbackend: svg\n"
+    home = tmp_path / "home"
+    for place in (".config/matplotlib", ".matplotlib", "named"):
+        write_atomic(home / place / "matplotlibrc", taste)
+    write_atomic(home / "start.py", "raise SystemExit('the own start')\n")
+    for name, value in {
+        "HOME": home,
+        "XDG_CONFIG_HOME": home / ".config",
+        "MATPLOTLIBRC": home / "named",
+        "MPLBACKEND": "no-such-backend",
+        "PYTHONSTARTUP": home / "start.py",
+        "PYTHONWARNINGS": "error",
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.chdir(root)
+    code, printed = mmsa_book(capsys, "run", "a", "--out", "out")
+    assert code == 0, printed
+    shown = json.loads((root / "out/a.ipynb").read_text())["cells"][-1]["outputs"]
+    (text,) = ("".join(output["text"]) for output in shown)
+    assert text.startswith("True ") and "inline" in text
+
+    # one beside the chapters is read by matplotlib, and is part of their keys
+    (before,) = states(open_book(root), "quick")
+    (root / "book/matplotlibrc").write_text(taste)
+    (after,) = states(open_book(root), "quick")
+    assert after.key["files"].keys() - before.key["files"] == {"book/matplotlibrc"}
+
+
 def test_no_orphan_computes_on_after_a_kill(tmp_path):
     """A killed build leaves no kernel behind and no half-written notebook."""
     sleeper = chapter(
@@ -555,11 +965,125 @@ def test_no_orphan_computes_on_after_a_kill(tmp_path):
     root = make_project(tmp_path, {"sleeper": sleeper})
     process, pid_file = start(root, "build"), root / "book/pid"
     wait_until(lambda: pid_file.exists() and pid_file.read_text(), process)
-    process.send_signal(signal.SIGKILL)
     kernel = int(pid_file.read_text())
     assert kernel in {p.pid for p in family(root)}
+    process.send_signal(signal.SIGKILL)
     wait_until(lambda: not family(root))
     assert not list((root / "_build").rglob("executed/**/*"))
+
+
+SLEEPER = chapter(
+    "Sleeper",
+    "import os, pathlib, subprocess, time\n"
+    "subprocess.Popen(['sleep', '1000'])\n"
+    "_ = pathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(1000)",
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ("build", "--jobs", "1"),
+            "stopped: 1 of 3 chapters are done and kept (good); call the same command "
+            "to execute sleeper, other",
+        ),
+        (
+            ("run", "sleeper"),
+            "stopped: nothing was executed to its end; call the same command to "
+            "execute sleeper",
+        ),
+    ],
+)
+def test_ctrl_c_says_what_was_kept_and_leaves_no_kernel(tmp_path, words, said):
+    texts = {"good": GOOD, "sleeper": SLEEPER, "other": GOOD}
+    root = make_project(tmp_path, texts)
+    process, pid_file = start(root, *words), root / "book/pid"
+    wait_until(lambda: pid_file.exists() and pid_file.read_text(), process)
+    assert int(pid_file.read_text()) in {p.pid for p in family(root)}
+    process.send_signal(signal.SIGINT)
+    code, printed = finish(process)
+    assert code == 130
+    assert said in printed
+    assert "Traceback" not in printed and "Aborted" not in printed
+    # all were killed before it ended; the system may still be taking them away
+    wait_until(lambda: not family(root))
+    fresh = {s.chapter.name for s in states(open_book(root), "quick") if s.fresh}
+    assert fresh == ({"good"} if words[0] == "build" else set())
+
+
+@pytest.mark.parametrize(
+    ("limits", "source", "said"),
+    [
+        (
+            "{cell_seconds: 2}",
+            "import time\nwhile True:\n    time.sleep(1)",
+            "still at work after 2 s, the limit cell_seconds",
+        ),
+        (
+            "{cell_seconds: 2}",  # what does not listen to Ctrl-C
+            "while True:\n    try:\n        while True:\n            pass\n"
+            "    except BaseException:\n        pass",
+            "still at work after 2 s, the limit cell_seconds",
+        ),
+        (
+            "{output_mib: 0.1}",
+            "while True:\n    print('again and again')",
+            "showed more than 0.1 MiB, the limit output_mib",
+        ),
+        (
+            "{}",
+            "for i in range(1_000_000):\n    print(i)",
+            "showed more than 4 MiB, the limit output_mib",
+        ),
+        (
+            "{}",
+            "from IPython.display import HTML\nHTML('a' * 5_000_000)",
+            "showed more than 4 MiB, the limit output_mib",
+        ),
+        (
+            "{}",
+            "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
+            "the kernel was killed (SIGKILL), as the system does when memory runs out",
+        ),
+        (
+            "{}",
+            "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)",
+            "the kernel crashed (SIGSEGV)",
+        ),
+        ("{}", "raise ValueError('x' * 5_000_000)", "ValueError: xxxx"),
+    ],
+)
+def test_a_cell_without_an_end_is_ended_and_named(
+    tmp_path, capsys, monkeypatch, limits, source, said
+):
+    root = make_project(tmp_path, {"a": chapter("A", source)})
+    with (root / "book/profiles/quick.yml").open("a") as file:
+        file.write(f"limits: {limits}\n")
+    monkeypatch.chdir(root)
+    code, printed = mmsa_book(capsys, "run", "a")
+    assert code == 1
+    assert said in printed and printed.count("book/a.md, code cell") == 1
+    assert len(printed) < 50_000
+    wait_until(lambda: len(family(root)) <= 1)  # this test is one
+
+
+def test_wrong_limits_are_refused(tmp_path):
+    root = make_project(tmp_path, {"a": chapter("A", "1")})
+    quick = root / "book/profiles/quick.yml"
+    assert open_book(root).limits("quick") == LIMITS == open_book(root).limits("mine")
+    for text, said in {
+        "{seconds: 3}": "unknown limit 'seconds'",
+        "{cell_seconds: 0}": "cell_seconds takes a positive number",
+        "{output_mib: yes}": "output_mib takes a positive number",
+        "{output_mib: .inf}": "output_mib takes a positive number",
+        "[3]": "limits are {cell_seconds, output_mib}",
+    }.items():
+        quick.write_text(f"limits: {text}\n")
+        with pytest.raises((BookError, UnknownNameError)) as error:
+            open_book(root).profile("quick")
+        where = "book/profiles/quick.yml, line 1, limits"
+        assert str(error.value).startswith(where) and said in str(error.value)
 
 
 def test_two_builds_at_once_wait_for_each_other(tmp_path):
@@ -567,7 +1091,8 @@ def test_two_builds_at_once_wait_for_each_other(tmp_path):
 
     root = make_project(tmp_path, {})
     (root / "_toc.yml").write_text("format: jb-book\nroot: book/index\n")
-    (root / "_config.yml").write_text("[broken\n")  # the end of the build comes fast
+    # the end of the build comes fast
+    (root / "_config.yml").write_text("title: Tiny\nsphinx: nothing\n")
     (root / "_build").mkdir()
     lock = FileLock(root / "_build/.lock")
     with lock:

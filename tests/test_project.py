@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -207,3 +208,23 @@ def test_files_are_replaced_in_one_place_only():
     for path in (ROOT / "mmsa_lib").rglob("*.py"):
         if path.name != "files.py" or path.parent.name != "mmsa_lib":
             assert "os.replace(" not in path.read_text(), path.name
+
+
+def test_actions_are_pinned_by_commit():
+    files = [*(ROOT / ".github").rglob("*.yml"), *(ROOT / ".github").rglob("*.yaml")]
+    used = [u for f in files for u in re.findall(r"uses:\s*(.+)", f.read_text())]
+    assert used
+    for one in used:
+        assert re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", one), one
+
+
+def test_pip_refuses_hashes_for_a_package_in_a_folder(tmp_path):
+    """Why constraints.txt has none; where pip takes them, they can be written."""
+    (tmp_path / "c.txt").write_text(f"PyYAML==6.0.3 --hash=sha256:{'0' * 64}\n")
+    (tmp_path / "pyproject.toml").write_text("[project]\nname = 'x'\nversion = '1'\n")
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index"]
+    command += ["--no-deps", "--no-build-isolation", "-c", "c.txt", "-e", "."]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (
+        done.returncode and "cannot be installed when requiring hashes" in done.stderr
+    )

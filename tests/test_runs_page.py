@@ -134,3 +134,11 @@ def test_a_claim_that_fails_is_a_box_or_where_it_must_hold_an_error(monkeypatch)
         "this page claims '−0.25 is above 1 %.', which is not true of this "
     )
     assert isinstance(error.value, MmsaError)
+
+
+def test_a_sentence_shows_what_is_no_tag_of_ours_as_it_is_written():
+    text = '<b>x</b> & <strong>y</strong> <script>z</script> <em class="a">'
+    assert runs.say(text).data == (
+        "<p>&lt;b&gt;x&lt;/b&gt; &amp; <strong>y</strong> "
+        '&lt;script&gt;z&lt;/script&gt; &lt;em class="a"&gt;</p>'
+    )

@@ -137,3 +137,15 @@ def test_a_full_or_read_only_disk_leaves_no_half_record(tmp_path, monkeypatch):
 def test_importing_runs_does_not_load_torch():
     code = "import sys, mmsa_lib.runs; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["../a", "a/b", "/a", "a\\b", "a\0b"])
+def test_a_name_that_leaves_its_folder_is_refused(tmp_path, name):
+    for record in (
+        runs.RunRecord(name, "training", "2026"),
+        runs.RunRecord("a", "training", "2026", chapter=name),
+        runs.RunRecord("a", "training", "2026", chapter=".."),
+    ):
+        with pytest.raises(runs.RecordError, match="no name for a record"):
+            runs.save(record, tmp_path / "records")
+    assert not (tmp_path / "records").exists()

@@ -45,6 +45,7 @@ _CORPORA = {  # name: (module, what it is and its options)
         "frames, max_pixels, skip_unusable",
     ),
 }
+_COMMON = ("data_dir", "accept_terms")
 # need no data folder
 _EMBEDDED = {"puppets": "load", "lesions": "load", "puppet-clips": "embedded"}
 
@@ -97,6 +98,15 @@ def prepare(
     return module.prepare(data_folder(data_dir), accept_terms, **options)
 
 
+def options(name: str) -> dict[str, str]:
+    """What `prepare` takes for a corpus: names and, as in the source, types."""
+    module = _module(name)
+    if name in _EMBEDDED:
+        return {}
+    known = inspect.signature(module.prepare).parameters.values()
+    return {p.name: str(p.annotation) for p in known if p.name not in _COMMON}
+
+
 def terms(name: str) -> str:
     """The terms under which a corpus may be used."""
     return getattr(_module(name), "TERMS", "Generated; no terms.")
@@ -115,7 +125,7 @@ def _module(name: str):
 def _check_options(name: str, options: dict, signature: inspect.Signature) -> None:
     if any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
         return  # the builder checks them itself
-    known = [p for p in signature.parameters if p not in ("data_dir", "accept_terms")]
+    known = [p for p in signature.parameters if p not in _COMMON]
     for option in options:
         if option not in known:
             raise unknown(f"option of {name}", option, known)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,8 +156,10 @@ def load(
     built = sorted(p.parent for p in home.glob("*/card.json"))
     if encoder is None and text_features is None and len(built) == 1:
         return store.open_store(built[0])
-    options = "" if encoder is None else f" -p encoder {encoder}"
-    options += "" if text_features is None else f" -p text_features {text_features}"
+    given = {"encoder": encoder, "text_features": text_features}
+    options = "".join(
+        f" -p {k} {shlex.quote(str(v))}" for k, v in given.items() if v is not None
+    )
     there = "; there is text by " + ", ".join(p.name for p in built) if built else ""
     raise CorpusError(
         f"{NAME} with text by {folder.name} is not in {home}{there}. Get it with\n\n"

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import posixpath
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
 from mmsa_lib import runs
+from mmsa_lib.files import read_text
 from mmsa_lib.press.chapters import Book, below_title
 from mmsa_lib.press.freshness import moved_on
 from mmsa_lib.press.reading import soup_of
@@ -54,7 +56,10 @@ class Trace:
     files: dict[str, Path] = field(default_factory=dict)  # name -> record to copy
 
     def __post_init__(self):
-        sources = {p: f.read_text("utf-8") for p, f in self.book.pages.items()}
+        sources = {
+            page: read_text(file, f"{page}.md")
+            for page, file in self.book.pages.items()
+        }
         self.home = next((p for p, text in sources.items() if RECORDS in text), "")
         self._moved = moved_on(self.book)
         if not any(mark in t for t in sources.values() for mark in (STATUS, RECORDS)):
@@ -176,11 +181,11 @@ class Trace:
             records = [r for r in records if r.kind == "training"] or records
             whole = {"Run": "quick, for this book", "State": shown.state}
             whole |= {"Whole chapter": seconds, "Numbers checked": numbers}
-            parts += [f"### {name}", _card(whole | _facts(records))]
+            parts += [f"### {_plain(name)}", _card(whole | _facts(records))]
             parts += [self._old(what, records) for what, records in old.items()]
         others = {k: v for k, v in groups.items() if k not in self.shown}
         for name, old in sorted(others.items()):
-            parts.append(f"### {name or 'Benchmarks'}")
+            parts.append(f"### {_plain(name or 'Benchmarks')}")
             parts += [self._old(what, records) for what, records in old.items()]
         head = ("chapter", "state", "executed in", "numbers checked", "full runs")
         return "\n\n".join([_table(head, rows), *parts])
@@ -196,13 +201,13 @@ class Trace:
         groups: dict[tuple[str, bool], list[list[str]]] = {}
         for r in sorted(known.values(), key=lambda r: (r.name, r.created, r.id)):
             committed, file = self._is_committed(r), self.shelf.files[r.id[:12]].name
-            f = {k: escape(v) for k, v in _facts([r]).items()}
+            f = {k: escape(_line(v)) for k, v in _facts([r]).items()}
             cost = [f["Training time"], f["Peak memory"]]
             if f["Trained parameters"] != runs.UNDEFINED:
                 cost.append(f"{f['Trained parameters']} trained parameters")
             row = [
                 f'<a id="record-{r.id[:12]}" href="{folder}/{escape(file)}">'
-                f"{escape(r.name)}</a><br>{r.id[:12]}",
+                f"{escape(_line(r.name))}</a><br>{r.id[:12]}",
                 f["Corpus"],
                 f["Seeds"],
                 ", ".join(c for c in cost if c != runs.UNDEFINED) or runs.UNDEFINED,
@@ -216,7 +221,7 @@ class Trace:
             groups.items(), key=lambda item: (not item[0][0], item[0])
         ):
             place = "committed" if committed else "made for this book"
-            parts.append(f"## {chapter or 'Benchmarks'}, {place}")
+            parts.append(f"## {_plain(chapter or 'Benchmarks')}, {place}")
             parts.append(_table(head + ["code"] * committed, rows))
         return "\n\n".join(parts)
 
@@ -238,10 +243,21 @@ def _facts(records: list[runs.RunRecord]) -> dict[str, str]:
     return {name: found.get(name, runs.UNDEFINED) for name in _LINES}
 
 
+def _line(text: str) -> str:
+    """A text without ends of lines, which would end a block of MyST."""
+    return " ".join(text.split())
+
+
+def _plain(text: str) -> str:
+    """A text for a page of MyST that is shown as it is, in one line."""
+    return re.sub(r"([!-,/:-@\[-`{-~])", r"\\\1", _line(text))
+
+
 def _card(lines: Mapping[str, str]) -> str:
     """A run card for a page of MyST."""
     cells = "".join(
-        f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in lines.items()
+        f"<div><dt>{escape(k)}</dt><dd>{escape(_line(v))}</dd></div>"
+        for k, v in lines.items()
     )
     return f'```{{raw}} html\n<dl class="run-card">{cells}</dl>\n```'
 

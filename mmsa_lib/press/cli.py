@@ -8,15 +8,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -25,6 +26,7 @@ from rich.table import Table
 from mmsa_lib.errors import BookError, MmsaError, UnknownNameError, unknown
 from mmsa_lib.files import digest
 from mmsa_lib.press.chapters import Book, Chapter, find_root, open_book
+from mmsa_lib.press.values import Kind, seeds_of, typed
 
 HEARTBEAT = 20.0  # seconds between two lines of one chapter where there is no terminal
 
@@ -72,10 +74,10 @@ def build(profile: Profile = "quick", jobs: Jobs = 2) -> None:
         console.print(f"{len(known)} chapters: {fresh} fresh, {len(stale)} to execute")
         failed = set()
         if stale:
-            with _progress() as report:
-                # the pages' claims are written for the runs of the quick profile
-                place, strict = book.build / "records", profile == "quick"
-                outcomes = execute(book, stale, place, jobs, report, strict)
+            # the pages' claims are written for the runs of the quick profile
+            place, strict = book.build / "records", profile == "quick"
+            with _progress() as report, _said_when_stopped(known) as noted:
+                outcomes = execute(book, stale, place, jobs, noted(report), strict)
             for outcome in (o for o in outcomes if not o.ok):
                 failed.add(outcome.chapter)
                 console.print(f"\n[bold red]FAILED[/] {escape(outcome.error)}")
@@ -191,8 +193,8 @@ def run(
     product = Product(folder / f"{chapter}.ipynb")
     profile = str(parameters.get("profile", profile))
     state = State(one, profile, parameters, key, product, ("asked for",), None)
-    with _progress() as report:
-        (outcome,) = execute(book, [state], records, 1, report)
+    with _progress() as report, _said_when_stopped([state]) as noted:
+        (outcome,) = execute(book, [state], records, 1, noted(report))
     if not outcome.ok:
         console.print(f"\n[bold red]FAILED[/] {escape(outcome.error)}")
         raise BookError(f"{chapter} failed after {outcome.seconds:.0f} s")
@@ -387,7 +389,7 @@ def sweep(
     travel; real data must lie on the nodes (MMSA_DATA).
     """
     from mmsa_lib.press.collect import conclude
-    from mmsa_lib.press.planning import numbers, plan
+    from mmsa_lib.press.planning import plan
     from mmsa_lib.press.sweep import sweep as do
 
     book = open_book(find_root())
@@ -396,21 +398,28 @@ def sweep(
         book,
         chapters or [],
         [name for name in corpora.split(",") if name],
-        numbers(seeds),
+        seeds_of(seeds) if seeds else [],
         profile,
         lambda chapter: _parameters(chapter, p or []),
         out / "tasks",
     )
     with _progress() as report:
-        rows = do(
-            book,
-            tasks,
-            jobs=jobs,
-            engine=engine,
-            gpus_per_task=gpus_per_task,
-            ray_address=ray_address,
-            report=report,
-        )
+        try:
+            rows = do(
+                book,
+                tasks,
+                jobs=jobs,
+                engine=engine,
+                gpus_per_task=gpus_per_task,
+                ray_address=ray_address,
+                report=report,
+            )
+        except Stopped:
+            kept = sum(task.finished() is not None for task in tasks)
+            raise Stopped(
+                f"stopped: {kept} of {len(tasks)} tasks are done and kept in "
+                f"{_short(out)}; call the same command to go on with the others"
+            ) from None
     summary = conclude(rows, out, records and records.expanduser().resolve())
     table = _table("chapter", "corpus", "seed", "state", "seconds", "test")
     for line in summary.lines:
@@ -445,31 +454,28 @@ def _all_records():
 
 
 def _parameters(chapter: Chapter, given: list[str]) -> dict[str, object]:
-    """``name=value`` pairs as values of the right type; folders become absolute."""
+    """``name=value`` pairs as values of the right type; paths become absolute."""
     found = {}
-    for pair in given:
-        name, separator, text = pair.partition("=")
-        if not separator:
-            raise BookError(f"-p {pair}: a parameter needs a name and a value")
-        default = chapter.parameters.get(name)
-        value = text if isinstance(default, str) else _yaml(name, text)
-        if name.endswith("_dir") and isinstance(value, str) and value:
-            value = str(Path(value).expanduser().resolve())
-        found[name] = value
+    for name, text in pairs(given, "a parameter"):
+        kind = chapter.kinds.get(name, Kind())
+        found[name] = typed(name, text, chapter.parameters.get(name), kind)
     return chapter.check(found)
 
 
-def _yaml(name: str, text: str):
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BookError(
-            f"-p {name} {text}: not a YAML value (examples: 3, 0.1, true, '[0, 1, 2]')"
-        ) from error
-    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a word
-        with suppress(ValueError):
-            return float(value)
-    return value
+def pairs(given: list[str], what: str) -> Iterator[tuple[str, str]]:
+    """``name=value`` texts as names and values; a name comes once.
+
+    what: what is named, such as ``an option``, for the message.
+    """
+    seen = set()
+    for pair in given:
+        name, separator, text = pair.partition("=")
+        if not separator:
+            raise BookError(f"-p {pair}: {what} needs a name and a value")
+        if name in seen:
+            raise BookError(f"-p {name}: {what} is given once; here it comes twice")
+        seen.add(name)
+        yield name, text
 
 
 def _join_pairs(arguments: list[str]) -> list[str]:
@@ -504,6 +510,56 @@ def _only_build(folder: Path):
         yield
     finally:
         lock.release()
+
+
+class Stopped(BaseException):
+    """Ctrl-C; its text says what was kept. Typer would end before we could say it."""
+
+
+@contextmanager
+def _said_when_stopped(known: list):
+    """Gives a wrapper of reporters; a Ctrl-C says which chapters were kept.
+
+    known: states of the chapters.
+    """
+    kept = {state.chapter.name for state in known if state.fresh}
+
+    def noted(report):
+        def both(chapter: str, event: dict) -> None:
+            kept.update({chapter} if event.get("ok") else ())
+            report(chapter, event)
+
+        return both
+
+    try:
+        yield noted
+    except Stopped:
+        names = [state.chapter.name for state in known]
+        text = "nothing was executed to its end"
+        if kept:
+            there = ", ".join(name for name in names if name in kept)
+            text = f"{len(kept)} of {len(names)} chapters are done and kept ({there})"
+        left = ", ".join(name for name in names if name not in kept)
+        more = f"; call the same command to execute {left}" if left else ""
+        raise Stopped(f"stopped: {text}{more}") from None
+
+
+@contextmanager
+def _interruptible():
+    """Inside, Ctrl-C raises `Stopped`; where signals are no matter of ours, nothing."""
+
+    def stop(*_) -> None:
+        raise Stopped("stopped; what was done is kept, call it again to go on")
+
+    ours = threading.current_thread() is threading.main_thread()
+    ours = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager
@@ -569,12 +625,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point; an error that we foresaw is one message, not a traceback."""
     error_console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        app(_join_pairs(sys.argv[1:] if arguments is None else arguments))
+        with _interruptible():
+            app(_join_pairs(sys.argv[1:] if arguments is None else arguments))
     except MmsaError as error:
         error_console.print(f"[bold red]error:[/] {escape(str(error))}")
         sys.exit(2 if isinstance(error, UnknownNameError) else 1)
-    except KeyboardInterrupt:
-        error_console.print("stopped; what was done is kept, call it again to go on")
+    except Stopped as stopped:
+        error_console.print(escape(str(stopped)))
         sys.exit(130)
     except OSError as error:
         error_console.print(

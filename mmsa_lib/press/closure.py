@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from mmsa_lib.errors import BookError
-from mmsa_lib.files import sha256_of
+from mmsa_lib.files import read_text, sha256_of
 
 PACKAGE = "mmsa_lib"
 NAMES = (ast.Name, ast.Attribute)
@@ -33,13 +33,15 @@ def reach(root: Path, code: Iterable[ast.AST]) -> dict[str, str]:
     Keys are paths relative to `root`. Beside the modules, the data files in their
     folders count, because a module reads those without naming them in an import.
     """
+    _module.cache_clear()  # files come and go between two calls
     modules: dict[Path, None] = {}
     pending = list(dict.fromkeys(_targets_of(root, code, package="")))
     while pending:
         path = pending.pop()
         if path not in modules:
             modules[path] = None
-            pending += _imports_of(root, path, path.read_text(encoding="utf-8"))
+            shown = path.relative_to(root).as_posix()
+            pending += _imports_of(root, path, read_text(path, shown))
     files = set(modules)
     for folder in {path.parent for path in modules}:
         files |= set(_data_files(folder))
@@ -47,8 +49,16 @@ def reach(root: Path, code: Iterable[ast.AST]) -> dict[str, str]:
 
 
 def every_node(code: Iterable[ast.AST]) -> list[ast.AST]:
-    """The nodes of some statements, those inside them included."""
-    return [node for statement in code for node in ast.walk(statement)]
+    """The nodes of some statements, those inside them included; outer before inner."""
+    found = list(code)
+    for node in found:  # grows on the way
+        for field in node._fields:
+            value = getattr(node, field, None)
+            if isinstance(value, list):
+                found += [child for child in value if isinstance(child, ast.AST)]
+            elif isinstance(value, ast.AST) and not isinstance(value, ast.expr_context):
+                found.append(value)
+    return found
 
 
 def hash_of(path: Path) -> str:
@@ -68,10 +78,14 @@ def _imports_of(root: Path, path: Path, source: str) -> tuple[Path, ...]:
     package = ".".join(parts[:-1])  # for x/__init__.py this is x itself
     try:
         tree = ast.parse(source)
-    except SyntaxError as error:
+    except (SyntaxError, ValueError, RecursionError) as error:
         where = path.relative_to(root).as_posix()
-        raise BookError(f"{where}, line {error.lineno}: {error.msg}") from error
-    nodes = ast.walk(tree) if _UNUSUAL.search(source) else _statements(tree)
+        line, why = (
+            getattr(error, "lineno", None) or 1,
+            getattr(error, "msg", str(error)),
+        )
+        raise BookError(f"{where}, line {line}: {why}") from error
+    nodes = every_node([tree]) if _UNUSUAL.search(source) else _statements(tree)
     return tuple(dict.fromkeys(_targets_of(root, nodes, package)))
 
 
@@ -133,16 +147,16 @@ def _absolute(module: str, level: int, package: str) -> str:
     return ".".join([*base, module] if module else base)
 
 
-def _module(root: Path, name: str) -> Iterator[Path]:
+@cache
+def _module(root: Path, name: str) -> tuple[Path, ...]:
     """The file of a module and the ``__init__`` of each package above it."""
+    above, _, last = name.rpartition(".")
     if name.split(".")[0] != PACKAGE:
-        return
-    here = root
-    for part in name.split("."):
-        here = here / part
-        for path in (here / "__init__.py", here.with_suffix(".py")):
-            if path.is_file():
-                yield path
+        return ()
+    folder = root.joinpath(*above.split(".")) if above else root
+    paths = (folder / last / "__init__.py", folder / f"{last}.py")
+    found = tuple(path for path in paths if path.is_file())
+    return _module(root, above) + found if above else found
 
 
 def _everything(root: Path, package: str, deep: bool = True) -> Iterator[Path]:

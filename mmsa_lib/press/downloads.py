@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from mmsa_lib.files import write_atomic
+from mmsa_lib.files import read_text, write_atomic
 from mmsa_lib.press.chapters import below_title
 
 FOLDER = "_build/downloads"  # below the staging folder; Sphinx looks for no pages here
@@ -38,7 +38,7 @@ def offer(stage: Path, source: Path, staged: Path) -> None:
     import nbformat
 
     name, folder = source.stem, stage / FOLDER
-    text = source.read_text(encoding="utf-8")
+    text = read_text(source, source.name)
     write_atomic(folder / f"{name}.ipynb", clean(text))
     write_atomic(folder / f"{name}.md", text)
     shutil.copyfile(staged, folder / f"{name}-executed.ipynb")

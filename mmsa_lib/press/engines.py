@@ -21,6 +21,7 @@ from mmsa_lib import runs
 from mmsa_lib.errors import BookError
 from mmsa_lib.files import write_atomic
 from mmsa_lib.press.chapters import Book
+from mmsa_lib.press.execute import end_tree
 from mmsa_lib.press.freshness import data_folder
 from mmsa_lib.press.planning import SweepTask
 
@@ -66,7 +67,7 @@ class Local:
             with self._lock:
                 self._running.add(process)
                 if self._stopped:
-                    process.kill()
+                    end_tree(process)
             with process, suppress(BrokenPipeError):  # its log says why
                 process.stdin.write(json.dumps(job) + "\n")
                 process.stdin.flush()
@@ -84,7 +85,7 @@ class Local:
         with self._lock:
             self._stopped = True
             for process in self._running:
-                process.kill()
+                end_tree(process)
 
     def close(self) -> None:
         pass

@@ -3,19 +3,25 @@
 The parent starts ``python -P -m mmsa_lib.press.execute`` once a chapter, writes a job
 to its standard input and reads events from its standard output, one JSON line each. The
 child lives only as long as that pipe: kill the parent and no orphan goes on computing.
+
+A cell has a limit of time and of output, see `Book.limits`. A kernel that is killed is
+said to have been, for that is how a system ends what needs too much memory.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +32,9 @@ from mmsa_lib.runs.record import named
 
 KERNEL = "mmsa-book"  # our own kernelspec, so that no other "python3" can be taken
 HIDDEN = "hide-input"
+START_SECONDS = 600  # for a kernel to come up, on a machine however busy
+LONGEST_ERROR, LONGEST_LINE = 4000, 500  # characters of an error's text, of a line
+OWN_TASTE = {"MPLBACKEND", "PYTHONSTARTUP", "PYTHONINSPECT", "PYTHONWARNINGS"}
 _MARK = "press-event "
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -83,13 +92,30 @@ class _Children:
         with self._lock:
             self._all.add(process)
             if self._stopped:
-                process.kill()
+                end_tree(process)
+
+    def discard(self, process: subprocess.Popen) -> None:
+        with self._lock:
+            self._all.discard(process)
 
     def stop(self) -> None:
         with self._lock:
             self._stopped = True
             for process in self._all:
-                process.kill()
+                end_tree(process)
+
+
+def end_tree(process: subprocess.Popen) -> None:
+    """Kill a process that we started, its kernel, and what that has started."""
+    import psutil
+
+    family = []
+    with suppress(psutil.Error):
+        family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for child in family:
+        with suppress(psutil.Error):
+            child.kill()
 
 
 def _one(
@@ -122,6 +148,7 @@ def _one(
                 "text": chapter.text,
                 "parameters": state.parameters,
                 "failed": str(book.build / "failed" / f"{chapter.name}.ipynb"),
+                "limits": book.limits(state.profile),
             }
             process.stdin.write(json.dumps(job) + "\n")
             process.stdin.flush()
@@ -135,6 +162,7 @@ def _one(
         finally:
             process.stdin.close()
             process.wait()
+            running.discard(process)
     seconds = round(time.time() - began, 1)
     new = sorted(_records_of(chapter, records) - before)
     if "notebook" in end:
@@ -168,13 +196,14 @@ def _environment(
     book: Book, state: State, records: Path, strict: bool
 ) -> dict[str, str]:
     """What a chapter's kernel sees; the user's own settings of threads stand."""
-    env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}
+    env = {k: v for k, v in os.environ.items() if k not in OWN_TASTE}
     env.setdefault("OMP_NUM_THREADS", "1")
     return env | {
         "PYTHONPATH": str(Path(__file__).resolve().parents[2]),  # of the child
         "PYTHONHASHSEED": "0",
         "JUPYTER_PATH": str(book.build / "kernel"),
         "IPYTHONDIR": str(book.build / "kernel" / "ipython"),
+        "MATPLOTLIBRC": str(book.build / "kernel" / "matplotlibrc"),
         "MMSA_DATA": str(data_folder(book)),  # ./data is another folder in there
         "MMSA_RECORDS": str(records),
         "MMSA_CHAPTER": state.chapter.name,
@@ -200,6 +229,8 @@ def _write_kernelspec(book: Book) -> None:
     }
     folder = book.build / "kernel" / "kernels" / KERNEL
     write_atomic(folder / "kernel.json", json.dumps(spec, indent=1))
+    # an empty one: a reader's own settings would change or break the figures
+    write_atomic(book.build / "kernel" / "matplotlibrc", "# as matplotlib is shipped\n")
 
 
 def _describe(chapter: Chapter, end: dict, code: int, log: Path) -> str:
@@ -208,12 +239,26 @@ def _describe(chapter: Chapter, end: dict, code: int, log: Path) -> str:
     if "error" not in end:
         tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         detail = "\n".join(tail[-15:]) or "nothing was printed"
-        return f"{where}: the process ended with status {code}\n{detail}"
+        return f"{where}: the process {_ended(code)}\n{detail}"
     place = "before its first cell"
     if end["cell"]:
         line = chapter.cells[end["cell"] - 1].line
         place = f"code cell {end['cell']} of {len(chapter.cells)} (line {line})"
     return f"{where}, {place}: {end['error']}\n{end['traceback']}".rstrip()
+
+
+def _ended(code: int | None) -> str:
+    """How a process ended, and what that most often means."""
+    if code is None or code >= 0:
+        return f"ended with status {code}"
+    name = signal.Signals(-code).name
+    if name == "SIGKILL":
+        return (
+            "was killed (SIGKILL), as the system does when memory runs out. Make the "
+            "run smaller, execute one chapter at a time (--jobs 1), or use a machine "
+            "with more memory"
+        )
+    return f"crashed ({name})"
 
 
 # ------------------------------------------------------------------ the child
@@ -236,14 +281,19 @@ def _end_with_parent() -> None:
 def _child() -> None:
     job = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    with suppress(OSError):  # Linux: if memory runs out, the kernel is what ends
+        Path("/proc/self/oom_score_adj").write_text("500")
     _run(**job)
 
 
-def _run(path: str, text: str, parameters: dict, failed: str) -> None:
+def _run(
+    path: str, text: str, parameters: dict, failed: str, limits: dict[str, float]
+) -> None:
     os.environ["PYTHONPATH"] = path  # the kernel imports the library of its own book
     import jupytext
     import nbformat
     import papermill
+    from papermill.engines import papermill_engines
 
     notebook = jupytext.reads(text, fmt="md:myst")
     for i, cell in enumerate(notebook.cells):
@@ -261,11 +311,13 @@ def _run(path: str, text: str, parameters: dict, failed: str) -> None:
     output = Path(failed)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.unlink(missing_ok=True)
+    papermill_engines.register("press", _engine(limits))
     try:
         executed = papermill.execute_notebook(
             notebook,
             str(output),
             parameters=parameters,
+            engine_name="press",
             kernel_name=KERNEL,
             language="python",
             progress_bar=False,
@@ -277,17 +329,85 @@ def _run(path: str, text: str, parameters: dict, failed: str) -> None:
         _tell(
             "end",
             cell=done,
-            error=f"{error.ename}: {error.evalue}",
-            traceback="\n".join(trace[-30:]),
+            error=f"{error.ename}: {error.evalue[:LONGEST_ERROR]}",
+            traceback="\n".join(line[:LONGEST_LINE] for line in trace[-30:]),
         )
         return
-    except Exception as error:  # the kernel died or never came up
+    except _Limit as error:
+        _tell("end", cell=done, error=str(error), traceback="")
+        return
+    except Exception as error:  # the kernel never came up
         _tell("end", cell=done, error=f"{type(error).__name__}: {error}", traceback="")
         return
     output.unlink(missing_ok=True)
     _tidy(executed)
     spent = round(sum(os.times()[:4]), 1)  # ours and of the kernel, which has ended
     _tell("end", notebook=nbformat.writes(executed) + "\n", cpu=spent)
+
+
+class _Limit(Exception):
+    """A cell took too long or showed too much, or its kernel is gone."""
+
+
+def _engine(limits: dict[str, float]) -> type:
+    """What papermill executes a notebook with, under limits; see `LIMITS`."""
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from papermill.clientwrap import PapermillNotebookClient
+    from papermill.engines import Engine
+
+    seconds = math.ceil(limits["cell_seconds"])
+    most = limits["output_mib"] * 2**20
+
+    class Client(PapermillNotebookClient):
+        shown = 0  # characters of the cell that is executed
+
+        def execute_cell(self, cell, cell_index, **more):
+            self.shown = 0
+            try:
+                found = super().execute_cell(cell, cell_index, **more)
+            except CellTimeoutError as error:
+                raise _Limit(
+                    f"the cell was still at work after {seconds:,} s, the limit "
+                    "cell_seconds of the profile (book/profiles, under limits)"
+                ) from error
+            except DeadKernelError as error:
+                if self.shown > most:
+                    raise _Limit(
+                        f"the cell showed more than {limits['output_mib']:g} MiB, the "
+                        "limit output_mib of the profile (book/profiles, under limits)"
+                    ) from error
+                process = getattr(self.km.provisioner, "process", None)
+                code = process.poll() if process else None
+                raise _Limit(f"the kernel {_ended(code)}") from error
+            return found
+
+        def process_message(self, msg, cell, cell_index):
+            self.shown += _size(msg["content"])
+            if self.shown > most:  # what has no end is ended, whatever it still prints
+                getattr(self.km.provisioner, "process").kill()  # noqa: B009
+                return None
+            return super().process_message(msg, cell, cell_index)
+
+    class Press(Engine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man, kernel_name, on_cell_start=None, **_):
+            Client(
+                nb_man,
+                kernel_name=kernel_name,
+                timeout=seconds,
+                iopub_timeout=seconds,
+                startup_timeout=START_SECONDS,
+                on_cell_start=on_cell_start,
+            ).execute()
+
+    return Press
+
+
+def _size(content: dict) -> int:
+    """Characters that a message of the kernel shows; of errors little is kept."""
+    data = content.get("data") or {}
+    shown = [content.get("text", ""), *data.values()]
+    return sum(len(part) if isinstance(part, str) else len(str(part)) for part in shown)
 
 
 def _tidy(notebook) -> None:

@@ -7,10 +7,12 @@ that was written: the chapter is fresh and is not executed again.
 from __future__ import annotations
 
 import ast
+import gc
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -99,10 +101,23 @@ class State:
 def states(book: Book, profile: str) -> list[State]:
     """The state of every chapter under a profile, in the order of the book."""
     found = []
-    for name, parameters in book.profile(profile).items():
-        product = Product(book.build / "executed" / profile / f"{name}.ipynb")
-        found.append(state(book, book[name], profile, parameters, product))
+    with _no_collection():
+        for name, parameters in book.profile(profile).items():
+            product = Product(book.build / "executed" / profile / f"{name}.ipynb")
+            found.append(state(book, book[name], profile, parameters, product))
     return found
+
+
+@contextmanager
+def _no_collection() -> Generator[None]:
+    """Syntax trees are very many objects and hold no rings: collecting finds none."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def state(
@@ -183,7 +198,8 @@ def _files(root: Path, chapter: str, code: list[ast.AST]) -> dict[str, str]:
     (``runs.find("late-fusion")``, ``runs.committed("baselines")``), or all of them if
     that is not plain to see: the argument is no literal, the function goes by another
     name, or the code uses ``load_all`` or the folder itself (a literal "results").
-    Data files under ``book/``: those of which it names the file or the folder.
+    Data files under ``book/``: those of which it names the file or the folder, and
+    ``book/matplotlibrc``, which matplotlib reads by itself.
     """
     words, everything = set(), False
     asked, called = {"name": set(), "chapter": {chapter}}, set()
@@ -213,7 +229,8 @@ def _files(root: Path, chapter: str, code: list[ast.AST]) -> dict[str, str]:
             found[path.relative_to(root).as_posix()] = hash_of(path)
     for path in sorted((root / "book").rglob("*")):
         inside = path.relative_to(root / "book").parts
-        if path.is_file() and path.suffix != ".md" and words & set(inside):
+        named = words & set(inside) or inside == ("matplotlibrc",)
+        if path.is_file() and path.suffix != ".md" and named:
             found[path.relative_to(root).as_posix()] = hash_of(path)
     return found
 

@@ -9,9 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
-from mmsa_lib import runs
+from mmsa_lib import files, runs
 from mmsa_lib.errors import MmsaError
 from mmsa_lib.press.chapters import Book, Cell, parse
 from mmsa_lib.press.closure import name_of
@@ -166,7 +164,11 @@ def _check_mark(book: Book, mark: Mark, shelf, found: Findings) -> Iterator[str]
         return
     if mark.kind == "ref":
         path = book.root / "book" / "reference" / a.get("data-source", "")
-        expected = _reference(path, a.get("data-path", ""))
+        try:
+            expected = _reference(path, a.get("data-path", ""))
+        except (MmsaError, LookupError, ValueError, TypeError, AttributeError) as error:
+            yield f"{mark.text!r}: {error}"
+            return
         if expected != mark.text:
             yield f"shows {mark.text!r} but {path.name} has {expected!r}"
         return
@@ -213,7 +215,7 @@ def _reference(path: Path, field_: str) -> str | None:
     """A field of a file of ``book/reference/``; None if there is no such file."""
     if not path.is_file():
         return None
-    value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    value = files.read_yaml(files.read_text(path, path.name), path.name)
     for key in field_.split("."):
         if isinstance(value, list):
             value = value[int(key)]

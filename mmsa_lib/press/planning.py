@@ -104,16 +104,6 @@ def plan(
     return tasks
 
 
-def numbers(text: str) -> list[int]:
-    """Seeds as typed: ``0,1,2``."""
-    try:
-        return [int(word) for word in text.split(",") if word.strip()]
-    except ValueError:
-        raise BookError(
-            f"--seeds {text}: whole numbers with commas, such as 0,1,2"
-        ) from None
-
-
 def _task(book, chapter, corpus, seed, profile, parameters, folder) -> SweepTask:
     key = task_key(book, chapter, parameters)
     parts = [chapter.name, corpus, None if seed is None else f"seed{seed}"]

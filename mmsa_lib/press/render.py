@@ -16,12 +16,10 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import yaml
-
 from mmsa_lib.errors import BookError
-from mmsa_lib.files import digest, sha256, sha256_of, write_atomic
+from mmsa_lib.files import digest, read_text, sha256, sha256_of, write_atomic
 from mmsa_lib.press.cards import Trace
-from mmsa_lib.press.chapters import Book
+from mmsa_lib.press.chapters import Book, configuration
 from mmsa_lib.press.downloads import offer
 from mmsa_lib.press.pages import check_pages
 
@@ -116,6 +114,8 @@ def _assets(book: Book) -> Iterable[tuple[Path, Path]]:
 
 
 def _stage(book: Book, trace: Trace) -> Path:
+    import yaml
+
     stage = book.build / "stage"
     shutil.rmtree(stage, ignore_errors=True)
     executed = {book[name].page: name for name in trace.shown}
@@ -125,14 +125,13 @@ def _stage(book: Book, trace: Trace) -> Path:
             write_atomic(target, trace.notebook(executed[page]))
             offer(stage, path, target)
         else:
-            text = trace.pages.get(page) or path.read_text(encoding="utf-8")
+            text = trace.pages.get(page) or read_text(path, f"{page}.md")
             write_atomic(stage / f"{page}.md", text)
     for source, inside in _assets(book):
         (stage / inside).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, stage / inside)
     shutil.copyfile(book.root / "_toc.yml", stage / "_toc.yml")
-    config = yaml.safe_load((book.root / "_config.yml").read_text(encoding="utf-8"))
-    config["execute"] = {"execute_notebooks": "off"}
+    config = configuration(book.root) | {"execute": {"execute_notebooks": "off"}}
     write_atomic(stage / "_config.yml", yaml.safe_dump(config, allow_unicode=True))
     return stage
 

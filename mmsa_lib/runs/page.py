@@ -9,13 +9,16 @@ from __future__ import annotations
 import html
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from mmsa_lib.errors import MmsaError
+from mmsa_lib.files import read_text, read_yaml
 from mmsa_lib.runs.record import RecordError, RunRecord, walk
 
+TAGS = ("strong", "em", "code", "sub", "sup")  # what a sentence may hold of HTML
 UNDEFINED = "—"  # what a page shows where a record has no value
 
 
@@ -97,11 +100,19 @@ def recall(record: RunRecord, path: str, digits: int, suffix: str = "") -> Numbe
 
 
 def say(template: str, **numbers: Number | Given):
-    """A sentence with record-backed numbers: ``say("MAE {mae}.", mae=number(...))``."""
+    """A sentence with record-backed numbers: ``say("MAE {mae}.", mae=number(...))``.
+
+    Of HTML it may hold `TAGS`, without attributes; all else is shown as it is written.
+    """
     from IPython.display import HTML
 
     parts = {k: v._repr_html_() for k, v in numbers.items()}
-    return HTML(f"<p>{template.format(**parts)}</p>")
+    return HTML(f"<p>{_escaped(template).format(**parts)}</p>")
+
+
+def _escaped(template: str) -> str:
+    tags = re.compile(rf"&lt;(/?(?:{'|'.join(TAGS)}))&gt;")
+    return tags.sub(r"<\1>", html.escape(template, quote=False))
 
 
 class ClaimError(MmsaError):
@@ -231,18 +242,17 @@ def reference_table(path: Path | str, columns: Mapping[str, str]):
     (heading -> key); a missing one prints as a dash. Such numbers have no record, so
     the caption must say where they come from.
     """
-    import yaml
     from IPython.display import HTML
 
-    body = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    body = read_yaml(read_text(path, Path(path).name), Path(path).name) or {}
     if not body.get("caption"):
         raise RecordError(f"{Path(path).name} needs a caption with its source")
     head = "".join(f"<th scope='col'>{html.escape(c)}</th>" for c in columns)
 
-    source = Path(path).name
+    source = html.escape(Path(path).name)
 
     def mark(path: str) -> str:
-        return f'class="ref" data-source="{source}" data-path="{path}"'
+        return f'class="ref" data-source="{source}" data-path="{html.escape(path)}"'
 
     rows = []
     for i, row in enumerate(body["rows"]):

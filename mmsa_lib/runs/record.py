@@ -87,8 +87,18 @@ class RunRecord:
 
 
 def place(chapter: str | None, stem: str) -> Path:
-    """Where a folder of records keeps one of a chapter (None: of no chapter)."""
-    return Path(chapter or "benchmarks", f"{stem}.json")
+    """Where a folder of records keeps one of a chapter (None: of no chapter).
+
+    Raises `RecordError` for a name that would leave the folder.
+    """
+    chapter = chapter or "benchmarks"
+    for name in (chapter, stem):
+        if re.search(r"[/\\\0]", name) or name in (".", ".."):
+            raise RecordError(
+                f"{name!r} is no name for a record or its chapter: it names a place "
+                "elsewhere. Use letters, digits and hyphens"
+            )
+    return Path(chapter, f"{stem}.json")
 
 
 def walk(entry: Mapping, path: str):
