@@ -12,6 +12,7 @@ import pickle
 import struct
 import subprocess
 import tracemalloc
+import zipfile
 from datetime import datetime
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 
 from mmsa_lib.corpora import pickles
-from mmsa_lib.corpora.pickles import load_pickle
+from mmsa_lib.corpora.pickles import load_npz, load_pickle
 from mmsa_lib.corpora.unpickle import answer
 from mmsa_lib.errors import CorpusError
 from mmsa_lib.files import sha256_of
@@ -458,7 +459,7 @@ def test_a_file_that_computes_for_ever_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(pickles, "BYTES_A_SECOND", 10**9)
     clash = [i * (2**61 - 1) for i in range(60_000)]  # all of one hash
     (tmp_path / "f.pkl").write_bytes(pickle.dumps(dict.fromkeys(clash)))
-    with pytest.raises(CorpusError, match="more than 1 seconds of computing"):
+    with pytest.raises(CorpusError, match="more than 1 s of computing"):
         load_pickle(tmp_path / "f.pkl")
 
 
@@ -606,3 +607,73 @@ def test_damaged_and_absent_files(tmp_path):
             load_pickle(path)
     with pytest.raises(CorpusError, match="there is no file"):
         load_pickle(tmp_path / "none.pkl")
+
+
+# ----------------------------------------------------------------------------- .npz
+
+
+def npz(path, **arrays):
+    """A .npz of members as they are given: bytes, or arrays."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in arrays.items():
+            if not isinstance(content, bytes):
+                out = io.BytesIO()
+                np.save(out, content)
+                content = out.getvalue()
+            archive.writestr(f"{name}.npy", content)
+    return path
+
+
+def header(shape, descr="<f8") -> bytes:
+    out = io.BytesIO()
+    given = {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(out, given)
+    return out.getvalue()
+
+
+BROKEN = {
+    "objects": np.array([{}], dtype=object),
+    "a structure": np.zeros(1, dtype=[("a", "f8")]),
+    "dates": np.zeros(1, "M8[ns]"),
+    "terabytes": header((10**13,)),
+    "a negative shape": header((-1, 5)),
+    "fewer bytes than the shape": header((9,)) + bytes(8),
+    "text that is no text": header((1,), "<U1") + b"\xff" * 4,
+    "truth that is none": header((2, 1), "|b1") + b"\x01\x02",
+    "no array": b"<html>",
+    "a pickle": pickle.dumps([1]),
+    "a deep header": b"\x93NUMPY\1\0\x20\x4e" + b"(" * 20_000,
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_an_npz_of_anything_else_is_refused(tmp_path, kind):
+    path = npz(tmp_path / "a.npz", x=BROKEN[kind], y=np.arange(3))
+    with pytest.raises(CorpusError, match=r"not a \.npz of plain arrays"):
+        load_npz(path, ["x"], "x")
+
+
+def test_an_npz_bomb_is_not_unpacked(tmp_path, monkeypatch):
+    path = npz(tmp_path / "a.npz", x=np.zeros(2_000_000), y=np.ones(2_000_000))
+    assert len(load_npz(path, None, "x")["y"]) == 2_000_000
+    monkeypatch.setattr(pickles, "FREE", 1 << 20)
+    with pytest.raises(CorpusError, match="would unpack to 32000256: more than 100"):
+        load_npz(path, ["x"], "x")
+
+
+def test_an_npz_that_is_none_or_cut_off(tmp_path):
+    path = npz(tmp_path / "a.npz", x=np.arange(1000))
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[200] ^= 255
+    (tmp_path / "lone.npy").write_bytes(header((1,)) + bytes(8))
+    for data in (b"", b"PK", whole[:100], whole[:-30], bytes(flipped)):
+        path.write_bytes(data)
+        with pytest.raises(CorpusError, match=r"a\.npz is not a \.npz"):
+            load_npz(path, ["x"], "x")
+    with pytest.raises(CorpusError, match=r"lone\.npy is not a \.npz"):
+        load_npz(tmp_path / "lone.npy", ["x"], "x")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("none", "pipe", "."):
+        with pytest.raises(CorpusError, match="there is no file"):
+            load_npz(tmp_path / name, ["x"], "x")

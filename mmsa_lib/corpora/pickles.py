@@ -16,14 +16,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from mmsa_lib.corpora.unpickle import MAX_DEPTH
+from mmsa_lib.corpora.unpickle import MAX_DEPTH, check_values
 from mmsa_lib.errors import CorpusError
 from mmsa_lib.files import sha256_of
 
@@ -32,8 +31,8 @@ from mmsa_lib.files import sha256_of
 MEMORY, MEMORY_A_BYTE = 1 << 30, 32
 SECONDS, BYTES_A_SECOND = 30, 100_000
 
-# what numpy raises for a file that is no .npz; a TypeError for a lone .npy
-_DAMAGED = (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
+# a .npz may unpack to so many times its size, and to so many bytes in any case
+DENSITY, FREE = 100, 1 << 28
 
 # -I and -S: nothing but this library, numpy and the standard library is found
 _CHILD = (
@@ -105,7 +104,7 @@ def _read(path: Path, file: BinaryIO, encoding: str) -> Any:
 
 def _ending(code: int, seconds: int, said: bytes) -> str:
     if code == -signal.SIGXCPU:
-        return f"more than {seconds} seconds of computing"
+        return f"more than {seconds} s of computing"
     last = said.decode("utf-8", "replace").strip().splitlines()[-1:]
     name = f"signal {-code}" if code < 0 else f"status {code}"
     return f"the process that read it ended with {': '.join([name, *last])}"
@@ -268,26 +267,51 @@ _LEAVES = {
 
 
 def load_npz(
-    path: str | Path, wanted: Sequence[str], expected: str
+    path: str | Path, wanted: Sequence[str] | None, expected: str
 ) -> dict[str, np.ndarray]:
-    """The `wanted` arrays of a .npz; `expected` says what the file should have been.
+    """The `wanted` arrays of a .npz, or all; `expected` says what the file should be.
 
     Pickled objects are not opened. Raises `CorpusError` for them, for arrays that are
-    not there and for a damaged file.
+    not there, for a damaged file and one that is packed more densely than features are.
     """
+    path = Path(path)
+    if not path.is_file():
+        raise CorpusError(f"there is no file {path}. Expected {expected}")
+    _check_density(path)
     try:
         with np.load(path, allow_pickle=False) as file:
-            lacking = [name for name in wanted if name not in file.files]
-            if not lacking:
-                return {name: file[name] for name in wanted}
             there = file.files
-    except _DAMAGED as error:
+            wanted = there if wanted is None else wanted
+            lacking = [name for name in wanted if name not in there]
+            found = {} if lacking else {name: file[name] for name in wanted}
+        for name, array in found.items():
+            if array.dtype.kind not in "biufcSU":
+                raise ValueError(f"{name!r} has dtype {array.dtype}")
+            check_values(np.ascontiguousarray(array).reshape(-1))
+    except Exception as error:  # a damaged archive can raise almost anything
         raise CorpusError(
             f"{path} is not a .npz of plain arrays ({error}). Pickled object arrays "
             "are not opened: save strings with a fixed width (numpy.array(x, "
             "dtype=str)) and numbers as numbers."
         ) from error
-    raise CorpusError(
-        f"{path} lacks the arrays {', '.join(lacking)}; it has {', '.join(there)}. "
-        f"Expected {expected}"
-    )
+    if lacking:
+        raise CorpusError(
+            f"{path} lacks the arrays {', '.join(lacking)}; it has {', '.join(there)}. "
+            f"Expected {expected}"
+        )
+    return found
+
+
+def _check_density(path: Path) -> None:
+    """Refuse an archive of a few bytes that would fill the memory."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(part.file_size for part in archive.infolist())
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+        return  # numpy says what is wrong with it
+    if unpacked > max(DENSITY * path.stat().st_size, FREE):
+        raise CorpusError(
+            f"{path} has {path.stat().st_size} bytes and would unpack to {unpacked}: "
+            f"more than {DENSITY} times as much, as no file of features does. It was "
+            "not unpacked. If you trust it, save it again with numpy.savez."
+        )

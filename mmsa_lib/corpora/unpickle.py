@@ -262,12 +262,12 @@ def _array(data, dtype: _Dtype, shape, order="C") -> np.ndarray:
     else:
         data = data.encode("latin1") if isinstance(data, str) else data
         flat = np.frombuffer(data or b"", dtype.value)
-        _check_values(flat)
+        check_values(flat)
     return flat.reshape(shape, order=order)
 
 
-def _check_values(flat: np.ndarray) -> None:
-    """Raises `Refused` for bytes that no value of the dtype has."""
+def check_values(flat: np.ndarray) -> None:
+    """Raises `Refused` for bytes of (n,) texts or truth values that none can have."""
     if flat.dtype.kind == "U" and flat.size:
         points = flat.view(np.dtype(np.uint32).newbyteorder(flat.dtype.byteorder))
         if points.max() > sys.maxunicode:
