@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from mmsa_lib import metrics
 from mmsa_lib.corpora.schema import Batch, Corpus, Receipt, Split
-from mmsa_lib.errors import SealedError, TrainingError, unknown
+from mmsa_lib.errors import SealedError, TrainingError, check_device, unknown
 from mmsa_lib.files import replacing
 from mmsa_lib.nets.ops import keep_4bit_format
 from mmsa_lib.nets.trained import (
@@ -90,10 +90,15 @@ class TrainConfig:
             ("optimiser", ("adam", "adamw", "sgd")),
             ("schedule", ("constant", "plateau", "cosine")),
             ("precision", ("no", "bf16", "fp16")),
-            ("device", ("auto", "cpu", "cuda")),
         ):
             if getattr(self, name) not in known:
                 raise unknown(name, str(getattr(self, name)), known)
+        check_device(self.device)
+        if ":" in self.device:
+            raise TrainingError(
+                f'device={self.device!r}: give "cuda", and choose the GPU with '
+                "CUDA_VISIBLE_DEVICES"
+            )
         for name in ("epochs", "batch_size", "accumulate", "eval_batch_size"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} must be at least 1: {getattr(self, name)}")
@@ -277,6 +282,7 @@ def fit(
     """
     loss = loss or SENTIMENT.objective
     _check_keep(keep, config)
+    _check_samples(corpus, ("train", "valid") if keep == "best" else ("train",))
     accelerator = _accelerator(config)
     seed_everything(config.seed)
     model = build()
@@ -334,6 +340,12 @@ def _check_keep(keep: str, config: TrainConfig) -> None:
             'keep="last" looks at no validation split, which patience and '
             'schedule="plateau" need: leave them out'
         )
+
+
+def _check_samples(corpus: Corpus, names: Sequence[str]) -> None:
+    for name in names:
+        if not len(corpus[name]):
+            raise TrainingError(f"the {name} split of {corpus.name} has no samples")
 
 
 def _epoch(state: _State, loader, batches: EpochBatches, parameters, loss) -> None:
@@ -708,19 +720,25 @@ def select(
 ) -> Frozen:
     """Choose among fitted predictors by the task's metric on validation; freeze it.
 
-    candidates: name -> function of a split giving (n, o) outputs. Ties go to the first.
-    A single candidate is allowed: nothing is chosen, and the receipt says so. Raises
-    `TrainingError` naming a candidate whose outputs are not finite or of another shape.
+    candidates: name -> function of a split giving (n, o) outputs. Ties go to the first;
+    a metric that is undefined is worse than any. A single candidate is allowed: nothing
+    is chosen, and the receipt says so. Raises `TrainingError` naming a candidate whose
+    outputs are not finite or of another shape.
     """
     if not candidates:
         raise TrainingError("there is no candidate to select from")
+    _check_samples(corpus, ("valid",))
     truth = corpus.valid.labels[task.label]
     scores, found = {}, {}
     for name, predictor in candidates.items():
         found[name] = _checked(predictor(corpus.valid), task, truth, name)
         scores[name] = task.score(truth, found[name])
-    pick = max if task.higher_is_better else min
-    best = pick(scores, key=scores.__getitem__)
+    sign = 1 if task.higher_is_better else -1
+
+    def merit(name: str) -> float:
+        return -math.inf if math.isnan(scores[name]) else sign * scores[name]
+
+    best = max(scores, key=merit)
     metric = f"validation {metrics.describe(task.metric).name}"
     predictor = candidates[best]
     receipt = Receipt(
@@ -748,13 +766,17 @@ def _checked(outputs, task: Task, truth: np.ndarray, name: str) -> np.ndarray:
             f"{name!r} predicts shape {outputs.shape}, the labels are {truth.shape}; "
             f"expected {expected}"
         )
+    _check_finite(outputs, repr(name), "validation")
+    return outputs
+
+
+def _check_finite(outputs: np.ndarray, who: str, split: str) -> None:
     bad = int((~np.isfinite(outputs)).sum())
     if bad:
         raise TrainingError(
-            f"{name!r} gives {bad} of {outputs.size} validation predictions that are "
-            "NaN or infinite. Mend it, or leave it out of the candidates."
+            f"{who} gives {bad} of {outputs.size} {split} predictions that are NaN or "
+            "infinite. Mend it, or leave it out of what is compared."
         )
-    return outputs
 
 
 def evaluate(
@@ -763,7 +785,8 @@ def evaluate(
     """Predict one split with a frozen predictor; the way to test metrics.
 
     Raises `SealedError` when `frozen` is not a `Frozen`, or when the weights of its
-    module changed after validation froze them.
+    module changed after validation froze them, and `TrainingError` when it predicts
+    NaN or infinity, or for other samples than the split has.
     """
     if not isinstance(frozen, Frozen):
         raise SealedError(
@@ -779,7 +802,14 @@ def evaluate(
             "training.fit, or select among the variants with training.select"
         )
     part = corpus[split]
-    prediction = frozen.predict(part, task.label)
+    prediction = np.asarray(frozen.predict(part, task.label))
+    who = "the trained model" if frozen.chosen is None else repr(frozen.chosen)
+    if prediction.shape[:1] != (len(part),):
+        raise TrainingError(
+            f"{who} predicts shape {prediction.shape} for {len(part)} samples of "
+            f"{split!r}"
+        )
+    _check_finite(prediction, who, split)
     part = part.unseal(frozen.receipt) if part.sealed else part
     if task.label not in part.labels:
         raise unknown("label", task.label, part.labels)
