@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -59,3 +60,11 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
     hint = f" Did you mean {close[0]!r}?" if close else ""
     listing = ", ".join(known) or "(none)"
     return UnknownNameError(f"unknown {kind} {name!r}.{hint} Known: {listing}.")
+
+
+def check_device(device: str) -> None:
+    """Raise `UnknownNameError` unless `device` is auto, cpu, cuda or cuda:NUMBER."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise UnknownNameError(
+            f"unknown device {device!r}. A GPU is called cuda. Known: auto, cpu, cuda."
+        )

@@ -388,6 +388,11 @@ def test_settings_are_checked(plain, tokenizer):
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="no GPU is visible"):
             omni.load(device="cuda")
+    for name in ("gpu", "GPU", "mps", "cuda:x"):
+        with pytest.raises(UnknownNameError, match="A GPU is called cuda"):
+            omni.load(device=name)
+    with pytest.raises(ConfigError, match="'cuda:99' was asked for"):
+        omni.load(device="cuda:99")
 
 
 # --- answers --------------------------------------------------------------------------

@@ -347,6 +347,60 @@ def test_an_encoder_that_is_not_there(monkeypatch, tmp_path):
 # ------------------------------------------------------------------- mosei-video
 
 
+def folds_file(path, fold, labels="f4"):
+    """30 videos in the form of the file that mosei-video is read from."""
+    rng, n = np.random.default_rng(0), len(fold)
+    np.savez(
+        path,
+        std_fold=fold,
+        video_id=np.array([f"v{i}" for i in range(n)]),
+        text=rng.normal(size=(n, 4)).astype("f4"),
+        audio=rng.normal(size=(n, 3)).astype("f4"),
+        vision=rng.normal(size=(n, 2)).astype("f4"),
+        label_mean_7class_sentiment=rng.uniform(-3, 3, n).astype(labels),
+    )
+    return path
+
+
+STD_FOLD = np.array(["train"] * 10 + ["valid"] * 5 + ["test"] * 10 + ["none"] * 5)
+
+
+@pytest.mark.parametrize(
+    ("known", "other", "said"),
+    [
+        ("train", "Train", r"'Train' \(10\)"),
+        ("valid", "dev", r"'dev' \(5\)"),
+        ("test", "test ", r"'test ' \(10\)"),
+        ("none", "", r"'' \(5\)"),
+        ("none", "None", r"'None' \(5\)"),
+        ("train", "0", r"'0' \(10\)"),
+    ],
+)
+def test_folds_that_are_not_known_are_named(tmp_path, known, other, said):
+    renamed = STD_FOLD.astype("U8")
+    renamed[renamed == known] = other
+    path = folds_file(tmp_path / "a.npz", renamed)
+    with pytest.raises(CorpusError, match=f"{said}. Known: train, valid, test, none"):
+        corpora.load("mosei-video", path=path)
+    assert len(corpora.load("mosei-video", path=folds_file(path, STD_FOLD)).train) == 10
+
+
+def test_one_stray_fold_among_many_is_named(tmp_path):
+    stray = STD_FOLD.astype("U8")
+    stray[3] = "Train"
+    with pytest.raises(CorpusError, match=r"'Train' \(1\)\. Known"):
+        corpora.load("mosei-video", path=folds_file(tmp_path / "a.npz", stray))
+
+
+def test_a_fold_without_videos_and_labels_of_integers_are_named(tmp_path):
+    path = folds_file(tmp_path / "a.npz", STD_FOLD[STD_FOLD != "valid"])
+    with pytest.raises(CorpusError, match="split 'valid' has no samples"):
+        corpora.load("mosei-video", path=path)
+    path = folds_file(tmp_path / "a.npz", STD_FOLD, "i8")
+    with pytest.raises(CorpusError, match="int64, expected floats"):
+        corpora.load("mosei-video", path=path)
+
+
 @pytest.fixture(scope="module")
 def mosei_file(shared_dir):
     path = shared_dir / "data" / "cmu_mosei" / mosei_video.FILE

@@ -246,3 +246,30 @@ def test_classes_from_a_label_stay_sealed():
         _ = classed.test.labels
     with pytest.raises(UnknownNameError, match="sentiment"):
         corpus.with_classes("sentimant", (0,))
+
+
+def test_a_split_needs_a_known_name_and_samples():
+    for name in ("dev", "Test", "train ", "all"):  # "Test" would not be sealed
+        with pytest.raises(UnknownNameError, match=f"unknown split '{name}'"):
+            make_corpus(card(), {"train": split("train"), name: split(name)})
+    whole = split("valid")
+    with pytest.raises(CorpusError, match="split 'valid' has no samples"):
+        make_corpus(
+            card(), {"train": split("train"), "valid": whole.select(np.array([], int))}
+        )
+    with pytest.raises(CorpusError, match="needs a split"):
+        make_corpus(card(), {})
+
+
+@pytest.mark.parametrize("kind", ["i8", "i1", "u2"])
+def test_scores_of_integers_are_no_classes(kind):
+    features = {"text": Ragged.from_list([np.zeros((2, 3))] * 4)}
+    whole = np.array([0, 1, 2, 3]).astype(kind)
+    for name, labels in (("sentiment", whole), ("emotions", np.eye(4).astype(kind))):
+        with pytest.raises(CorpusError, match=r"is a score and came as .*give floats"):
+            Split("train", list("abcd"), features, {name: labels})
+    kept = Split("train", list("abcd"), features, {"class": whole})
+    assert kept.labels["class"].dtype == np.int64
+    for labels in (["1", "2", "3", "4"], [None] * 4, [{}] * 4):
+        with pytest.raises(CorpusError, match="must be numbers"):
+            Split("train", list("abcd"), features, {"sentiment": labels})

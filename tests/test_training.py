@@ -102,6 +102,65 @@ def test_select_takes_the_lowest_validation_mae():
         select({}, CORPUS)
 
 
+WRONG = {"nan": np.nan, "infinity": np.inf, "minus infinity": -np.inf}
+
+
+def spoilt(value, where):
+    """A predictor, good on every split but one, where one value is none."""
+
+    def predict(split):
+        found = np.zeros((len(split), 1))
+        if split.name == where:
+            found[0] = value
+        return found
+
+    return predict
+
+
+@pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.parametrize("place", [0, 1])
+def test_select_names_the_candidate_that_predicts_no_number(kind, place):
+    candidates = [("spoilt", spoilt(WRONG[kind], "valid")), ("good", spoilt(0, ""))]
+    ordered = dict(candidates if place == 0 else candidates[::-1])
+    with pytest.raises(TrainingError, match="'spoilt' gives 1 of 16 validation"):
+        select(ordered, CORPUS)
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_evaluate_names_who_predicts_no_number(kind):
+    frozen = select({"late": spoilt(WRONG[kind], "test")}, CORPUS)
+    assert evaluate(frozen, CORPUS, "valid").prediction.shape == (16,)
+    with pytest.raises(TrainingError, match="'late' gives 1 of 16 test predictions"):
+        evaluate(frozen, CORPUS)
+    frozen = fit(build, CORPUS, config(epochs=1))
+    frozen.predict = lambda split, label: spoilt(WRONG[kind], "test")(split)
+    with pytest.raises(TrainingError, match="the trained model gives 1 of 16 test"):
+        evaluate(frozen, CORPUS)
+    frozen.predict = lambda split, label: np.zeros((3, 1))
+    with pytest.raises(TrainingError, match=r"shape \(3, 1\) for 16 samples of 'test'"):
+        evaluate(frozen, CORPUS)
+
+
+@pytest.mark.parametrize("metric", ["corr", "mae"])
+def test_an_undefined_metric_is_never_preferred(metric):
+    task = replace(SENTIMENT, metric=metric)
+    truth = CORPUS.valid.labels["sentiment"]
+    good = truth + np.linspace(0, 1, len(truth))[:, None]
+    candidates = {"flat": lambda s: np.zeros((len(s), 1)), "good": lambda s: good}
+    for ordered in (candidates, dict(reversed(candidates.items()))):
+        assert select(ordered, CORPUS, task).chosen == "good"
+
+
+def test_a_split_without_samples_is_named():
+    for name in ("train", "valid"):
+        splits = CORPUS.splits | {name: CORPUS[name].select(np.array([], int))}
+        lacking = replace(CORPUS, splits=splits)
+        with pytest.raises(TrainingError, match=f"the {name} split of toy has no"):
+            fit(build, lacking, config(epochs=1))
+    with pytest.raises(TrainingError, match="the valid split of toy has no samples"):
+        select({"zero": spoilt(0, "")}, lacking)
+
+
 def test_loss_refuses_to_broadcast():
     batch = CORPUS.train.batch([0, 1, 2])
     flat = ToyOutput({"sentiment": torch.zeros(3)})
@@ -516,6 +575,11 @@ def test_bfloat16_trains():
 def test_bad_configuration_is_refused():
     with pytest.raises(UnknownNameError, match="adam, adamw, sgd"):
         TrainConfig(optimiser="adan")
+    for name in ("gpu", "GPU", "0", "cuda:", "cuda:one", ""):
+        with pytest.raises(UnknownNameError, match="A GPU is called cuda"):
+            TrainConfig(device=name)
+    with pytest.raises(TrainingError, match="CUDA_VISIBLE_DEVICES"):
+        TrainConfig(device="cuda:1")
     with pytest.raises(TrainingError, match="epochs"):
         TrainConfig(epochs=0)
     with pytest.raises(TrainingError, match="eval_batch_size"):

@@ -12,10 +12,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 
+from mmsa_lib.corpora.pickles import load_npz
 from mmsa_lib.corpora.schema import Ragged, Split
 from mmsa_lib.errors import CorpusError, unknown
 from mmsa_lib.files import replacing
@@ -241,16 +241,18 @@ def save_masks(path, ids: Sequence[str], masks: Mapping[str, np.ndarray]) -> Non
 
 
 def load_masks(path, ids: Sequence[str]) -> dict[str, np.ndarray]:
-    """Read masks for exactly these ids in this order; no pickles are opened."""
-    with np.load(Path(path), allow_pickle=False) as f:
-        masks = {k: f[k] for k in f.files}
+    """Read masks for exactly these ids in this order; no pickles are opened.
+
+    Raises `CorpusError` for a damaged file and for masks of other samples.
+    """
+    masks = load_npz(path, None, "what save_masks has written")
     version = str(masks.pop("__version__", "none"))
     if version != CORRUPTION_VERSION:
         raise CorpusError(
             f"{path}: masks of protocol version {version}, this library has "
             f"{CORRUPTION_VERSION}; make them again"
         )
-    if masks.pop("__ids__").tolist() != list(ids):
+    if masks.pop("__ids__", np.array(0)).tolist() != list(ids):
         raise CorpusError(
             f"{path}: these masks belong to other samples, or to another order of them"
         )

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mmsa_lib.corpora import store
-from mmsa_lib.corpora.schema import Card, Ragged, Split, make_corpus
-from mmsa_lib.errors import CorpusError
+from mmsa_lib.corpora.schema import SPLITS, Card, Ragged, Split, make_corpus
+from mmsa_lib.errors import CorpusError, check_device, unknown
 
 Pair = tuple[str, str, str | Path, int]  # id, text, image file, number of the class
 _Encode = Callable[[list], Iterable[Tensor]]  # inputs -> hidden states (T_i, d)
@@ -38,8 +38,17 @@ def encode_pairs(
                  rows of their last hidden state are kept, as float16, at most `tokens`
                  of a text
     Steps wait on disk, not in memory. Returns `folder`; raises `CorpusError` where an
-    encoder or an image cannot be read.
+    encoder or an image cannot be read or a split has no rows, and `UnknownNameError`
+    for another split or device.
     """
+    check_device(device)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name, pairs in rows.items():
+        if name not in SPLITS:
+            raise unknown("split", name, SPLITS)
+        if not len(pairs):
+            raise CorpusError(f"split {name!r} has no rows: leave it out or fill it")
     read, look = _text_encoder(text, tokens, device), _image_encoder(image, device)
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ import numpy as np
 from mmsa_lib.corpora.download import disk_remedy
 from mmsa_lib.corpora.pickles import load_npz
 from mmsa_lib.corpora.schema import (
+    SPLITS,
     Card,
     Corpus,
     Ragged,
@@ -64,6 +65,7 @@ def load(data_dir: str | Path, *, path: str | Path | None = None) -> Corpus:
     path = Path(path) if path is not None else Path(data_dir) / FILE
     arrays = _read(path)
     fold = arrays["std_fold"]
+    _check_folds(path, fold)
     used = fold != "none"
     features, replaced = {}, {}
     for m in MODALITIES:
@@ -97,11 +99,20 @@ def load(data_dir: str | Path, *, path: str | Path | None = None) -> Corpus:
             + ", ".join(f"{m} {count}" for m, count in replaced.items()),
         ],
     )
-    splits = {
-        name: whole.select(fold == name)._with(name=name)
-        for name in ("train", "valid", "test")
-    }
+    splits = {name: whole.select(fold == name)._with(name=name) for name in SPLITS}
     return make_corpus(card, splits)
+
+
+def _check_folds(path: Path, fold: np.ndarray) -> None:
+    known = (*SPLITS, "none")
+    found, counts = np.unique(fold, return_counts=True)
+    pairs = zip(found.tolist(), counts, strict=True)
+    other = [f"{name!r} ({count})" for name, count in pairs if name not in known]
+    if other:
+        raise CorpusError(
+            f"'std_fold' in {path} has folds that are not known (and videos in each): "
+            f"{', '.join(other)}. Known: {', '.join(known)}."
+        )
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

@@ -23,7 +23,7 @@ from mmsa_lib.corpora import store
 from mmsa_lib.corpora.download import fetch, require_terms
 from mmsa_lib.corpora.pickles import load_npz
 from mmsa_lib.corpora.schema import Card, Corpus, Ragged, Split, make_corpus
-from mmsa_lib.errors import CorpusError
+from mmsa_lib.errors import CorpusError, check_device
 from mmsa_lib.files import sha256_of
 
 NAME = "mosi-text-audio"
@@ -267,7 +267,10 @@ def encode(
     """
     from transformers import AutoModel, AutoTokenizer
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or "auto"
+    check_device(device)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         tokenizer = AutoTokenizer.from_pretrained(encoder)
         model = AutoModel.from_pretrained(encoder).to(device).eval()

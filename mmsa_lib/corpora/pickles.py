@@ -1,187 +1,62 @@
 """Open pickles of public feature files without running anything that is in them.
 
-A pickle is a program. This reader admits numpy arrays, numpy scalars and plain
-containers; any other global is refused by name before it is looked up. Even the
-admitted numpy globals are not numpy's own: a crafted dtype state can make numpy treat
-raw bytes as object pointers, so arrays are rebuilt here from checked parts. From a
-.npz only plain arrays are read.
+A pickle is a program. `load_pickle` has it read by a process of its own
+(`mmsa_lib.corpora.unpickle`) that has limits on memory and time, so that no file can
+bring this process down, and builds its value from what that process writes: arrays,
+numbers, texts and plain containers. From a .npz only plain arrays are read.
 """
 
 from __future__ import annotations
 
 import collections
-import math
-import pickle
-import re
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 import zipfile
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from mmsa_lib.corpora.unpickle import MAX_DEPTH, check_values
 from mmsa_lib.errors import CorpusError
 from mmsa_lib.files import sha256_of
 
-# what numpy raises for a file that is no .npz; a TypeError for a lone .npy
-_DAMAGED = (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
+# what reading may take: memory in bytes and seconds of computing, both with an
+# allowance for each byte of the file
+MEMORY, MEMORY_A_BYTE = 1 << 30, 32
+SECONDS, BYTES_A_SECOND = 30, 100_000
 
+# a .npz may unpack to so many times its size, and to so many bytes in any case
+DENSITY, FREE = 100, 1 << 28
 
-class _Refused(pickle.UnpicklingError):
-    pass
-
-
-class _Dtype:
-    """Stands for numpy.dtype while unpickling: plain kinds only, no fields."""
-
-    __slots__ = ("value",)
-    __hash__ = None
-
-    def __init__(self, code):
-        code = code.decode("latin1") if isinstance(code, bytes) else code
-        if not isinstance(code, str) or not re.fullmatch(r"[biufc?SUO]\d*", code):
-            raise _Refused(f"an array of dtype {code!r}")
-        self.value = np.dtype("O" if code[0] == "O" else code)
-
-    def __setstate__(self, state):
-        _, order, subdtype, names, fields, size, *_ = state
-        order = order.decode("latin1") if isinstance(order, bytes) else order
-        if subdtype or names or fields or size not in (-1, self.value.itemsize):
-            raise _Refused("an array of a structured dtype")
-        if order in ("<", ">"):
-            self.value = self.value.newbyteorder(order)
-
-
-class _Array:
-    """Stands for an ndarray whose contents arrive by a later BUILD instruction."""
-
-    __slots__ = ("value",)
-    __hash__ = None
-
-    def __init__(self):
-        self.value = None
-
-    def __setstate__(self, state):
-        _, shape, dtype, fortran, data = state
-        self.value = _array(data, dtype, shape, "F" if fortran else "C")
-
-
-def _array(data, dtype: _Dtype, shape, order="C") -> np.ndarray:
-    if type(dtype) is not _Dtype:
-        raise _Refused(f"an array whose dtype is a {type(dtype).__name__}")
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    if dtype.value.hasobject:
-        if type(data) is not list or len(data) != math.prod(shape):
-            raise _Refused("an object array made of raw bytes")
-        flat = np.empty(len(data), dtype=object)
-        for i, item in enumerate(data):
-            flat[i] = item
-    else:
-        data = data.encode("latin1") if isinstance(data, str) else data
-        flat = np.frombuffer(data or b"", dtype.value)
-    return flat.reshape(shape, order=order)
-
-
-# Instances without a __dict__ (every subclass needs __slots__ too): a BUILD instruction
-# cannot set anything on them, as it could on a function or on a class of ours.
-class _Maker:
-    __slots__ = ()
-
-
-class _Ndarray(_Maker):
-    """The class argument of `_reconstruct`; never called itself."""
-
-    __slots__ = ()
-
-
-class _MakeDtype(_Maker):
-    __slots__ = ()
-
-    def __call__(self, code, align=False, copy=False):
-        return _Dtype(code)
-
-
-class _Reconstruct(_Maker):
-    __slots__ = ()
-
-    def __call__(self, kind, shape, code):
-        if not isinstance(kind, _Ndarray):
-            raise _Refused("an array of an unknown subclass")
-        return _Array()
-
-
-class _FromBuffer(_Maker):
-    __slots__ = ()
-
-    def __call__(self, data, dtype, shape, order, axis_order=None):
-        if order == "K" and axis_order is not None:
-            return _array(data, dtype, shape).transpose(axis_order)
-        return _array(data, dtype, shape, order)
-
-
-class _Scalar(_Maker):
-    __slots__ = ()
-
-    def __call__(self, dtype, data):
-        return _array(data, dtype, (1,))[0]
-
-
-class _Encode(_Maker):
-    """`_codecs.encode`, as protocol 2 writes bytes; other codecs run other code."""
-
-    __slots__ = ()
-
-    def __call__(self, text, encoding):
-        if encoding not in ("latin1", "latin-1"):
-            raise _Refused(f"bytes in encoding {encoding!r}")
-        return text.encode("latin1")
-
-
-class _EmptyBytes(_Maker):
-    """`bytes()`, as protocols 0 to 2 write b""."""
-
-    __slots__ = ()
-
-    def __call__(self):
-        return b""
-
-
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): _Ndarray(),
-    ("numpy", "dtype"): _MakeDtype(),
-    ("_codecs", "encode"): _Encode(),
-    ("collections", "OrderedDict"): collections.OrderedDict,
+# -I and -S: nothing but this library, numpy and the standard library is found
+_CHILD = (
+    "import sys; sys.path.extend(sys.argv[1:3]); "
+    "from mmsa_lib.corpora.unpickle import main; main()"
+)
+_PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
 }
-for _core in ("numpy.core", "numpy._core"):  # numpy 1 and 2
-    _ALLOWED[f"{_core}.multiarray", "_reconstruct"] = _Reconstruct()
-    _ALLOWED[f"{_core}.multiarray", "scalar"] = _Scalar()
-    _ALLOWED[f"{_core}.numeric", "_frombuffer"] = _FromBuffer()
-for _builtins in ("builtins", "__builtin__"):  # Python 3 and 2
-    _ALLOWED[_builtins, "bytes"] = _EmptyBytes()
-    _ALLOWED[_builtins, "set"] = set
-    _ALLOWED[_builtins, "frozenset"] = frozenset
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module, name):
-        try:
-            return _ALLOWED[module, name]
-        except KeyError:
-            raise _Refused(f"the global {module}.{name}") from None
-
-    def persistent_load(self, pid):
-        raise _Refused("a reference to an object outside the file")
 
 
 def load_pickle(
     path: str | Path, *, encoding: str = "ASCII", sha256: str | None = None
 ) -> Any:
-    """Read a pickle of numpy arrays and containers; arrays are read-only views.
+    """Read a pickle of numpy arrays and containers; shared parts stay shared.
 
     Pickles written by Python 2 need ``encoding="latin1"``. With `sha256` the file is
-    compared before its first byte is interpreted. Raises `CorpusError` for another
-    hash, a damaged file and every global that is not admitted, which it names.
+    compared before its first byte is interpreted. Reading takes its size twice in
+    memory. Raises `CorpusError` for another hash, a damaged file, a global that is not
+    admitted, which it names, and a file that asks for more depth, memory or time than
+    an honest one of its size.
     """
     path = Path(path)
     if not path.is_file():
@@ -191,85 +66,252 @@ def load_pickle(
             f"{path} has sha256 {found}, expected {sha256}: it is not the published "
             "file. It was not opened; download it again."
         )
-    try:
-        with path.open("rb") as file:
-            return _plain(_Unpickler(file, encoding=encoding).load(), {})
-    except _Refused as error:
-        raise CorpusError(
-            f"{path} holds {error}, which is neither a numpy array nor a plain "
+    with path.open("rb") as file:
+        start = file.read(6)
+        for magic, name in _PACKED.items():
+            if start.startswith(magic):
+                raise CorpusError(f"{path} is packed with {name}; unpack it first")
+        file.seek(0)
+        return _read(path, file, encoding)
+
+
+def _read(path: Path, file: BinaryIO, encoding: str) -> Any:
+    size = os.fstat(file.fileno()).st_size
+    memory = MEMORY + MEMORY_A_BYTE * size
+    seconds = SECONDS + size // BYTES_A_SECOND
+    homes = [Path(__file__).resolve().parents[2], Path(np.__file__).parents[1]]
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _CHILD]
+            + [str(x) for x in (*homes, memory, seconds, encoding)],
+            stdin=file,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # a thread takes memory
+        )
+        try:
+            return _built(path, process.stdout)
+        except EOFError as error:
+            process.wait()
+            said.seek(0)
+            why = _ending(process.returncode, seconds, said.read())
+            raise CorpusError(_too_much(path, why)) from error
+        finally:
+            process.stdout.close()
+            process.kill()
+            process.wait()
+
+
+def _ending(code: int, seconds: int, said: bytes) -> str:
+    if code == -signal.SIGXCPU:
+        return f"more than {seconds} s of computing"
+    last = said.decode("utf-8", "replace").strip().splitlines()[-1:]
+    name = f"signal {-code}" if code < 0 else f"status {code}"
+    return f"the process that read it ended with {': '.join([name, *last])}"
+
+
+def _too_much(path: Path, what: str) -> str:
+    return (
+        f"{path} asks for more than a file of arrays needs: {what}. It was refused. If "
+        "you trust the file, open it where it was made and save the arrays with "
+        "numpy.savez."
+    )
+
+
+def _complain(path: Path, kind: str, what: str) -> CorpusError:
+    if kind == "refused":
+        return CorpusError(
+            f"{path} holds {what}, which is neither a numpy array nor a plain "
             "container. It was refused and not executed. If you trust the file, open "
             "it where it was made and save the arrays with numpy.savez."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise CorpusError(
-            f"{path} holds Python 2 strings: pass encoding='latin1'"
-        ) from error
-    except Exception as error:  # a damaged pickle can raise almost anything
-        raise CorpusError(
-            f"{path} is not a whole pickle ({type(error).__name__}: {error}). Download "
-            "it again and compare its sha256."
-        ) from error
+        )
+    if kind == "python 2":
+        return CorpusError(f"{path} holds Python 2 strings: pass encoding='latin1'")
+    if kind == "too much":
+        return CorpusError(_too_much(path, what))
+    return CorpusError(
+        f"{path} is not a whole pickle ({what}). Download it again and compare its "
+        "sha256."
+    )
+
+
+def _built(path: Path, stream: BinaryIO) -> Any:
+    """The value that the other process describes; `EOFError` if it died over it."""
+    values: list = []
+    filled: list[tuple[Any, list]] = []  # made empty, as they may hold themselves
+    rigid: dict[int, list] = {}  # what is made of its items
+    while True:
+        line = stream.readline()
+        try:
+            kind, *rest = json.loads(line.decode("utf-8", "surrogatepass"))
+        except ValueError as error:  # half a line, or none
+            raise EOFError from error
+        if kind == "end":
+            break
+        if kind in _LEAVES:
+            values.append(_LEAVES[kind](stream, *rest))
+        elif kind not in _MADE:
+            raise _complain(path, kind, rest[0])
+        elif not any(type(i) is list for i in rest[-1]):
+            values.append(_MADE[kind](*rest))
+        elif kind in _FILLED:
+            values.append(_FILLED[kind]())
+            filled.append((values[-1], rest[0]))
+        else:
+            rigid[len(values)] = [kind, *rest]
+            values.append(None)
+    if not _make_rigid(rigid, values):
+        why = f"tuples or arrays within each other, more than {MAX_DEPTH} deep"
+        raise CorpusError(_too_much(path, why))
+    for made, items in filled:
+        _fill(made, [_value(i, values) for i in items])
+    return values[0][0]
+
+
+def _value(item: Any, values: list) -> Any:
+    return values[item[0]] if type(item) is list else item
+
+
+def _make_rigid(rigid: dict[int, list], values: list) -> bool:
+    """Make tuples, frozensets and object arrays, the inner ones first.
+
+    False if one holds itself, or they are too deep for the interpreter to take apart.
+    """
+    depth: dict[int, int] = {}
+    open_ones = set()
+    for first in rigid:
+        work = [first]
+        while work:
+            n = work[-1]
+            items = rigid[n][-1]
+            inner = [i[0] for i in items if type(i) is list and i[0] in rigid]
+            lacking = [i for i in inner if i not in depth]
+            if n not in depth and not lacking:
+                depth[n] = 1 + max((depth[i] for i in inner), default=0)
+                if depth[n] > MAX_DEPTH:
+                    return False
+                kind, *more, _ = rigid[n]
+                values[n] = _MADE[kind](*more, [_value(i, values) for i in items])
+            if n in depth:
+                work.pop()
+                open_ones.discard(n)
+                continue
+            open_ones.add(n)
+            if not open_ones.isdisjoint(lacking):
+                return False
+            work += lacking
+    return True
+
+
+def _objects(shape: list[int], items: list) -> np.ndarray:
+    flat = np.empty(len(items), dtype=object)
+    for i, item in enumerate(items):
+        flat[i] = item
+    return flat.reshape(shape)
+
+
+def _pairs(items: list) -> Iterable[tuple]:
+    return zip(items[::2], items[1::2], strict=True)
+
+
+def _fill(made: Any, items: list) -> None:
+    if isinstance(made, list):
+        made.extend(items)
+    elif isinstance(made, set):
+        made.update(items)
+    else:
+        made.update(_pairs(items))
+
+
+def _array(stream: BinaryIO, dtype: str, shape: list[int], order: str) -> np.ndarray:
+    array = np.empty(shape, np.dtype(dtype), order=order)
+    if array.dtype.kind not in "biufcSU":
+        raise CorpusError(f"an array of dtype {array.dtype} came out of a pickle")
+    if array.nbytes:
+        flat = (array.T if order == "F" else array).reshape(-1).view(np.uint8)
+        if stream.readinto(memoryview(flat)) < len(flat):  # ty: ignore
+            raise EOFError
+    return array
+
+
+def _bytes(stream: BinaryIO, size: int) -> bytes:
+    found = stream.read(size)
+    if len(found) < size:
+        raise EOFError
+    return found
+
+
+_FILLED = {
+    "list": list,
+    "set": set,
+    "dict": dict,
+    "OrderedDict": collections.OrderedDict,
+}
+_MADE = {
+    "list": list,
+    "set": set,
+    "dict": lambda items: dict(_pairs(items)),
+    "OrderedDict": lambda items: collections.OrderedDict(_pairs(items)),
+    "tuple": tuple,
+    "frozenset": frozenset,
+    "objects": _objects,
+}
+_LEAVES = {
+    "array": _array,
+    "scalar": lambda stream, dtype: _array(stream, dtype, [1], "C")[0],
+    "bytes": _bytes,
+    "bytearray": lambda stream, size: bytearray(_bytes(stream, size)),
+    "int": lambda _stream, digits: int(digits, 16),
+    "dtype": lambda _stream, name: np.dtype(name),
+}
 
 
 def load_npz(
-    path: str | Path, wanted: Sequence[str], expected: str
+    path: str | Path, wanted: Sequence[str] | None, expected: str
 ) -> dict[str, np.ndarray]:
-    """The `wanted` arrays of a .npz; `expected` says what the file should have been.
+    """The `wanted` arrays of a .npz, or all; `expected` says what the file should be.
 
     Pickled objects are not opened. Raises `CorpusError` for them, for arrays that are
-    not there and for a damaged file.
+    not there, for a damaged file and one that is packed more densely than features are.
     """
+    path = Path(path)
+    if not path.is_file():
+        raise CorpusError(f"there is no file {path}. Expected {expected}")
+    _check_density(path)
     try:
         with np.load(path, allow_pickle=False) as file:
-            lacking = [name for name in wanted if name not in file.files]
-            if not lacking:
-                return {name: file[name] for name in wanted}
             there = file.files
-    except _DAMAGED as error:
+            wanted = there if wanted is None else wanted
+            lacking = [name for name in wanted if name not in there]
+            found = {} if lacking else {name: file[name] for name in wanted}
+        for name, array in found.items():
+            if array.dtype.kind not in "biufcSU":
+                raise ValueError(f"{name!r} has dtype {array.dtype}")
+            check_values(np.ascontiguousarray(array).reshape(-1))
+    except Exception as error:  # a damaged archive can raise almost anything
         raise CorpusError(
             f"{path} is not a .npz of plain arrays ({error}). Pickled object arrays "
             "are not opened: save strings with a fixed width (numpy.array(x, "
             "dtype=str)) and numbers as numbers."
         ) from error
-    raise CorpusError(
-        f"{path} lacks the arrays {', '.join(lacking)}; it has {', '.join(there)}. "
-        f"Expected {expected}"
-    )
+    if lacking:
+        raise CorpusError(
+            f"{path} lacks the arrays {', '.join(lacking)}; it has {', '.join(there)}. "
+            f"Expected {expected}"
+        )
+    return found
 
 
-def _plain(x: Any, seen: dict[int, Any]) -> Any:
-    """Replace stand-ins by arrays and dtypes, inside containers too."""
-    if type(x) in (str, bytes, int, float, bool, complex, type(None)):
-        return x
-    if id(x) in seen:
-        return seen[id(x)][1]
-    if isinstance(x, _Dtype):
-        return x.value
-    if isinstance(x, _Array):
-        if x.value is None:
-            raise _Refused("an array without contents")
-        array = x.value
-        seen[id(x)] = x, array  # keeping x keeps its id from being used again
-        return _plain_items(array, seen)
-    if isinstance(x, np.ndarray):
-        seen[id(x)] = x, x
-        return _plain_items(x, seen)
-    if isinstance(x, list):
-        seen[id(x)] = x, x
-        x[:] = [_plain(item, seen) for item in x]
-    elif isinstance(x, dict):
-        seen[id(x)] = x, x
-        for key, value in list(dict.items(x)):
-            dict.__setitem__(x, key, _plain(value, seen))
-    elif isinstance(x, tuple):
-        return tuple(_plain(item, seen) for item in x)
-    elif isinstance(x, _Maker | type):
-        raise _Refused(f"a bare reference to {x!r}")
-    return x
-
-
-def _plain_items(array: np.ndarray, seen: dict[int, Any]) -> np.ndarray:
-    if array.dtype.hasobject:
-        for i, item in enumerate(array.flat):
-            array.flat[i] = _plain(item, seen)
-    return array
+def _check_density(path: Path) -> None:
+    """Refuse an archive of a few bytes that would fill the memory."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(part.file_size for part in archive.infolist())
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+        return  # numpy says what is wrong with it
+    if unpacked > max(DENSITY * path.stat().st_size, FREE):
+        raise CorpusError(
+            f"{path} has {path.stat().st_size} bytes and would unpack to {unpacked}: "
+            f"more than {DENSITY} times as much, as no file of features does. It was "
+            "not unpacked. If you trust it, save it again with numpy.savez."
+        )

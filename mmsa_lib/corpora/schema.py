@@ -18,6 +18,7 @@ from torch import Tensor
 from mmsa_lib.errors import CorpusError, SealedError, unknown
 
 SPLITS = ("train", "valid", "test")
+SCORES = ("sentiment", "emotions")  # labels that are never classes
 EMOTIONS = ("happy", "sad", "anger", "surprise", "disgust", "fear")  # MOSEI's order
 
 
@@ -338,7 +339,16 @@ class Split:
 def _label_array(name: str, values) -> np.ndarray:
     """Floats become (n, k) float32, integers stay (n,) int64 class labels."""
     values = np.asarray(values)
+    if values.dtype.kind not in "biuf":
+        raise CorpusError(
+            f"label {name!r} must be numbers, found an array of {values.dtype}"
+        )
     if np.issubdtype(values.dtype, np.integer):
+        if name in SCORES:
+            raise CorpusError(
+                f"label {name!r} is a score and came as {values.dtype}, which would "
+                "make classes of it: give floats, as by .astype(numpy.float32)"
+            )
         if values.ndim != 1:
             raise CorpusError(
                 f"class label {name!r} must be (n,), found {values.shape}"
@@ -459,9 +469,17 @@ class Corpus:
 def make_corpus(card: Card, splits: Mapping[str, Split]) -> Corpus:
     """Check splits against each other, complete the card, seal the test split.
 
-    Raises `CorpusError` for duplicate ids (within or across splits), modalities,
-    widths or labels that differ between splits, and NaN or infinite features.
+    Raises `UnknownNameError` for a split that is not one of `SPLITS`, and `CorpusError`
+    for one without samples, duplicate ids (within or across splits), modalities, widths
+    or labels that differ between splits, and NaN or infinite features.
     """
+    if not splits:
+        raise CorpusError("a corpus needs a split")
+    for name, split in splits.items():
+        if name not in SPLITS:  # "Test" would lie open
+            raise unknown("split", name, SPLITS)
+        if not len(split):
+            raise CorpusError(f"split {name!r} has no samples: leave it out or fill it")
     seen: dict[str, str] = {}
     first = next(iter(splits.values()))
     for name, split in splits.items():

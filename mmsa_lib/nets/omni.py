@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from mmsa_lib.corpora.media import MERGE
 from mmsa_lib.corpora.schema import Batch
-from mmsa_lib.errors import ConfigError, unknown
+from mmsa_lib.errors import ConfigError, check_device, unknown
 from mmsa_lib.nets.ops import keep_4bit_format
 from mmsa_lib.nets.trained import freeze
 
@@ -305,12 +305,17 @@ def fingerprint(thinker: Thinker) -> str:
 def pick_device(device: str) -> torch.device:
     """A torch device; "auto" takes a GPU where there is one.
 
-    Raises `ConfigError` if a GPU was asked for and none is visible.
+    Raises `UnknownNameError` for another device than auto, cpu, cuda and cuda:NUMBER,
+    and `ConfigError` if a GPU was asked for that is not visible.
     """
+    check_device(device)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device {device!r} was asked for but no GPU is visible")
+    number, there = device.partition(":")[2], torch.cuda.device_count()
+    if number and int(number) >= there:
+        raise ConfigError(f"device {device!r} was asked for; GPUs there are: {there}")
     if device == "cuda":  # under torchrun every process has its own
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device(device)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mmsa_lib.errors import TrainingError, unknown
+from mmsa_lib.errors import TrainingError, check_device, unknown
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,15 @@ class TrainConfig:
             ("optimiser", ("adam", "adamw", "sgd")),
             ("schedule", ("constant", "plateau", "cosine")),
             ("precision", ("no", "bf16", "fp16")),
-            ("device", ("auto", "cpu", "cuda")),
         ):
             if getattr(self, name) not in known:
                 raise unknown(name, str(getattr(self, name)), known)
+        check_device(self.device)
+        if ":" in self.device:
+            raise TrainingError(
+                f'device={self.device!r}: give "cuda", and choose the GPU with '
+                "CUDA_VISIBLE_DEVICES"
+            )
         for name in ("epochs", "batch_size", "accumulate", "eval_batch_size"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} must be at least 1: {getattr(self, name)}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,6 +71,13 @@ class Frozen:
         return save(self.module, path)
 
 
+def check_samples(corpus: Corpus, names: Sequence[str]) -> None:
+    """Raise `TrainingError` naming a split without samples."""
+    for name in names:
+        if not len(corpus[name]):
+            raise TrainingError(f"the {name} split of {corpus.name} has no samples")
+
+
 def select(
     candidates: Mapping[str, Callable[[Split], np.ndarray]],
     corpus: Corpus,
@@ -77,19 +85,25 @@ def select(
 ) -> Frozen:
     """Choose among fitted predictors by the task's metric on validation; freeze it.
 
-    candidates: name -> function of a split giving (n, o) outputs. Ties go to the first.
-    A single candidate is allowed: nothing is chosen, and the receipt says so. Raises
-    `TrainingError` naming a candidate whose outputs are not finite or of another shape.
+    candidates: name -> function of a split giving (n, o) outputs. Ties go to the first;
+    a metric that is undefined is worse than any. A single candidate is allowed: nothing
+    is chosen, and the receipt says so. Raises `TrainingError` naming a candidate whose
+    outputs are not finite or of another shape.
     """
     if not candidates:
         raise TrainingError("there is no candidate to select from")
+    check_samples(corpus, ("valid",))
     truth = corpus.valid.labels[task.label]
     scores, found = {}, {}
     for name, predictor in candidates.items():
         found[name] = _checked(predictor(corpus.valid), task, truth, name)
         scores[name] = task.score(truth, found[name])
-    pick = max if task.higher_is_better else min
-    best = pick(scores, key=scores.__getitem__)
+    sign = 1 if task.higher_is_better else -1
+
+    def merit(name: str) -> float:
+        return -math.inf if math.isnan(scores[name]) else sign * scores[name]
+
+    best = max(scores, key=merit)
     metric = f"validation {metrics.describe(task.metric).name}"
     predictor = candidates[best]
     receipt = Receipt(
@@ -117,13 +131,17 @@ def _checked(outputs, task: Task, truth: np.ndarray, name: str) -> np.ndarray:
             f"{name!r} predicts shape {outputs.shape}, the labels are {truth.shape}; "
             f"expected {expected}"
         )
+    _check_finite(outputs, repr(name), "validation")
+    return outputs
+
+
+def _check_finite(outputs: np.ndarray, who: str, split: str) -> None:
     bad = int((~np.isfinite(outputs)).sum())
     if bad:
         raise TrainingError(
-            f"{name!r} gives {bad} of {outputs.size} validation predictions that are "
-            "NaN or infinite. Mend it, or leave it out of the candidates."
+            f"{who} gives {bad} of {outputs.size} {split} predictions that are NaN or "
+            "infinite. Mend it, or leave it out of what is compared."
         )
-    return outputs
 
 
 def evaluate(
@@ -132,7 +150,8 @@ def evaluate(
     """Predict one split with a frozen predictor; the way to test metrics.
 
     Raises `SealedError` when `frozen` is not a `Frozen`, or when the weights of its
-    module changed after validation froze them.
+    module changed after validation froze them, and `TrainingError` when it predicts
+    NaN or infinity, or for other samples than the split has.
     """
     if not isinstance(frozen, Frozen):
         raise SealedError(
@@ -148,7 +167,14 @@ def evaluate(
             "training.fit, or select among the variants with training.select"
         )
     part = corpus[split]
-    prediction = frozen.predict(part, task.label)
+    prediction = np.asarray(frozen.predict(part, task.label))
+    who = "the trained model" if frozen.chosen is None else repr(frozen.chosen)
+    if prediction.shape[:1] != (len(part),):
+        raise TrainingError(
+            f"{who} predicts shape {prediction.shape} for {len(part)} samples of "
+            f"{split!r}"
+        )
+    _check_finite(prediction, who, split)
     part = part.unseal(frozen.receipt) if part.sealed else part
     if task.label not in part.labels:
         raise unknown("label", task.label, part.labels)

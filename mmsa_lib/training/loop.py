@@ -21,7 +21,7 @@ from mmsa_lib.nets.trained import count_parameters, load_trained, weights_sha256
 from mmsa_lib.tasks import SENTIMENT, Loss
 from mmsa_lib.training.batches import EpochBatches, loader_of, seed_everything
 from mmsa_lib.training.config import TrainConfig
-from mmsa_lib.training.frozen import Frozen
+from mmsa_lib.training.frozen import Frozen, check_samples
 from mmsa_lib.training.rule import Rule
 from mmsa_lib.training.state import State
 
@@ -56,6 +56,7 @@ def fit(
     """
     loss = loss or SENTIMENT.objective
     _check_keep(keep, config)
+    check_samples(corpus, ("train", "valid") if keep == "best" else ("train",))
     accelerator = _accelerator(config)
     seed_everything(config.seed)
     model = build()
