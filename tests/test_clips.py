@@ -368,8 +368,10 @@ def write(
     wave=None,
     codec="libx264",
     audio_from=0.0,
+    picture=None,
 ):
     """A clip whose frame k is grey 10 * k and whose sound is a 440 Hz tone."""
+    size = size if picture is None else picture.shape[:2]
     seconds = n / fps if seconds is None else seconds
     with av.open(str(path), "w") as out:
         streams = []
@@ -383,7 +385,8 @@ def write(
             streams.append(sound)
         for k in range(n or 0):
             grey = np.full((*size, 3), min(10 * k, 255), np.uint8)
-            out.mux(video.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+            shown = grey if picture is None else picture
+            out.mux(video.encode(av.VideoFrame.from_ndarray(shown, format="rgb24")))
         if seconds:
             t = np.arange(int(rate * seconds)) / rate
             x = 0.5 * np.sin(2 * np.pi * 440 * t) if wave is None else wave(t)

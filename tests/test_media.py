@@ -623,7 +623,7 @@ def test_puppet_clips_by_name():
     assert text == {c.id: c.text for c in shipped if c.split == "train"}
     assert (found.train.extras["grid"] == [1, 4, 4]).all()
     assert found.test.sealed and not found.valid.sealed
-    with pytest.raises(TypeError, match="colour"):
+    with pytest.raises(UnknownNameError, match="colour"):
         corpora.load("puppet-clips", colour=1)
     assert corpora.prepare("puppet-clips") is None
 

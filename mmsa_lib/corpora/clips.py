@@ -14,15 +14,25 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
-import av
 import numpy as np
 
+from mmsa_lib.corpora.decoding import LONGEST, Media, decode
 from mmsa_lib.errors import ClipError
+
+__all__ = [
+    "Clip",
+    "Media",
+    "check",
+    "decode",
+    "puppet_card",
+    "puppet_clips",
+    "puppet_folder",
+    "read_folder",
+]
 
 MODES = ("train", "valid", "test")
 REQUIRED = ("video_id", "clip_id", "text", "label", "mode")
 UNIMODAL = {"label_T": "text", "label_A": "audio", "label_V": "vision"}
-LONGEST = 60.0  # seconds; an opinion segment of MOSI takes 4
 SHOWN = 20  # faults named in one message
 
 
@@ -50,23 +60,6 @@ class Clip:
     # "lift" of the pitch and "smile" at each time, 0 to 1, (T,) each
     cues: dict[str, np.ndarray] = field(default_factory=dict, compare=False)
     truth: dict = field(default_factory=dict, compare=False)
-
-
-@dataclass(frozen=True)
-class Media:
-    """A decoded clip. Times count from the first frame or sample, whichever is first.
-
-    frames       (n, H, W, 3) uint8, RGB
-    frame_times  (n,) seconds
-    audio        (samples,) float32, mono, in [-1, 1], `rate` a second
-    seconds      duration of the clip
-    """
-
-    frames: np.ndarray
-    frame_times: np.ndarray
-    audio: np.ndarray
-    rate: int
-    seconds: float
 
 
 # --- folders --------------------------------------------------------------------------
@@ -199,137 +192,6 @@ def puppet_clips() -> list[Clip]:
         }
         clips.append(Clip(**(vars(clip) | extra)))
     return clips
-
-
-# --- decoding -------------------------------------------------------------------------
-
-
-def decode(
-    path: str | Path,
-    frames: int = 16,
-    rate: int = 16000,
-    longest: float = LONGEST,
-) -> Media:
-    """At most `frames` frames, evenly spaced in time, and the whole sound of a clip.
-
-    Any format that FFmpeg reads: sound of any rate and layout becomes mono at `rate`,
-    frames keep their size. Raises `ClipError` that names the clip and the reason: no
-    such file, broken, cut off, no video or no audio stream, no frame (so that a clip
-    of zero duration is refused too), silent, longer than `longest` seconds.
-    """
-    path = Path(path)
-    if frames < 1:
-        raise ValueError(f"frames must be at least 1, found {frames}")
-    if not path.is_file():
-        raise ClipError(f"{path}: there is no such file")
-    try:
-        # without "file:" FFmpeg takes what stands before a colon for a protocol
-        with av.open(f"file:{path}") as container:
-            plan = _plan(container, frames)
-        if plan.declared > longest:
-            raise _TooLong(plan.declared)
-        with av.open(f"file:{path}") as container:
-            return _decode(container, plan, rate, longest)
-    except _TooLong as error:
-        reason = f"lasts {error.args[0]:.1f} s, longer than longest={longest:g} s"
-    except _Unusable as error:
-        reason = error.args[0]
-    except (av.error.FFmpegError, UnicodeDecodeError) as error:
-        reason = f"broken: {getattr(error, 'strerror', None) or error}"
-    raise ClipError(f"{path}: {reason}")
-
-
-class _Unusable(Exception):
-    """Why a clip cannot be used; `decode` adds its name."""
-
-
-class _TooLong(Exception):
-    """A clip's duration in seconds, once it is known to exceed the limit."""
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What the packets tell before anything is decoded."""
-
-    targets: np.ndarray  # times of the frames to keep, seconds
-    step: float  # from frame to frame, seconds
-    stamped: bool  # False where frames have no times (AVI) and are counted instead
-    declared: float  # duration, seconds; 0 if unknown
-
-
-def _plan(container, frames: int) -> _Plan:
-    if not container.streams.video:
-        raise _Unusable("has no video stream")
-    if not container.streams.audio:
-        raise _Unusable("has no audio stream")
-    video = container.streams.video[0]
-    packets = [p for p in container.demux(video) if p.size and not p.is_discard]
-    if not packets:
-        raise _Unusable("frameless: its video stream holds no frame")
-    step = float(1 / (video.average_rate or 25))
-    # AVI stores no times of presentation; what FFmpeg guesses skips frames
-    stamped = container.format.name != "avi"
-    stamped = stamped and all(p.pts is not None for p in packets)
-    if stamped:
-        times = np.sort([float(p.pts * video.time_base) for p in packets])
-    else:
-        times = np.arange(len(packets)) * step
-    if len(times) > frames:
-        ideal = np.linspace(times[0], times[-1], frames)
-        after = np.searchsorted(times, ideal).clip(1, len(times) - 1)
-        nearer = ideal - times[after - 1] <= times[after] - ideal
-        times = np.unique(times[after - nearer])
-    return _Plan(times, step, stamped, (container.duration or 0) / av.time_base)
-
-
-def _decode(container, plan: _Plan, rate: int, longest: float) -> Media:
-    video, sound = container.streams.video[0], container.streams.audio[0]
-    video.thread_type = "AUTO"
-    targets, step = plan.targets, plan.step
-    resampler = av.AudioResampler(format="fltp", rate=rate)
-    images, times, samples, heard_from = [], [], [], None
-    seen = 0  # video frames so far
-    last = targets[0]
-    for frame in container.decode(video, sound):
-        if isinstance(frame, av.AudioFrame):
-            if heard_from is None:
-                heard_from = frame.time or 0.0
-            last = max(last, frame.time or 0.0)
-            samples += [f.to_ndarray().mean(0) for f in resampler.resample(frame)]
-        else:
-            time = frame.time if plan.stamped else seen * step
-            seen += 1
-            last = max(last, time + step)
-            # the first frame at or after the next target that is not taken yet
-            if len(times) < len(targets) and time >= targets[len(times)] - step / 2:
-                size = images[0].shape[:2] if images else (frame.height, frame.width)
-                image = frame.to_ndarray(format="rgb24", height=size[0], width=size[1])
-                images.append(image)
-                times.append(time)
-        if last - targets[0] > longest + 1:
-            raise _TooLong(last - targets[0])
-    if not images:
-        raise _Unusable("frameless: no frame of its video stream can be decoded")
-    if heard_from is None:
-        raise _Unusable("silent: its audio stream holds no sample")
-    samples += [f.to_ndarray().mean(0) for f in resampler.resample(None)]
-    origin = min(times[0], heard_from)
-    late = np.zeros(round((heard_from - origin) * rate), np.float32)
-    audio = np.concatenate([late, *samples])
-    seconds = max(last - origin, len(audio) / rate)
-    if not np.abs(audio).max() > 2**-15:  # one step of 16-bit sound
-        raise _Unusable("silent: its audio stream holds nothing but zeros")
-    if seconds < 0.9 * plan.declared - 0.25:
-        raise _Unusable(
-            f"cut off: {seconds:.2f} of {plan.declared:.2f} seconds can be decoded"
-        )
-    return Media(
-        frames=np.stack(images),
-        frame_times=np.array(times) - origin,
-        audio=audio,
-        rate=rate,
-        seconds=float(seconds),
-    )
 
 
 def check(

@@ -36,7 +36,7 @@ from mmsa_lib.corpora.schema import (
 from mmsa_lib.errors import ClipError, ConfigError, CorpusError
 from mmsa_lib.files import sha256_of, write_atomic
 
-VERSION = "1"  # of the preprocessing: part of the key of every cached file
+VERSION = "2"  # of the preprocessing: part of the key of every cached file
 RATE = 16000  # samples a second, as the audio tower of Qwen2.5-Omni expects
 HOP = 160  # samples a log-mel frame
 PATCH, TIME, MERGE = 14, 2, 2  # pixels of a patch, frames of one, patches a token side
