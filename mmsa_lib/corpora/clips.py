@@ -8,7 +8,11 @@ annotation, mode) and `Raw/<video_id>/<clip_id>.mp4`. Reading the folder opens n
 from __future__ import annotations
 
 import csv
+import io
 import json
+import math
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import resources
@@ -16,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mmsa_lib.corpora import apart
 from mmsa_lib.corpora.decoding import LONGEST, Media, decode
 from mmsa_lib.errors import ClipError
 
@@ -66,47 +71,60 @@ class Clip:
 
 
 def read_folder(
-    folder: str | Path, problems: dict[str, str] | None = None
+    folder: str | Path,
+    problems: dict[str, str] | None = None,
+    *,
+    labelled: bool = True,
 ) -> list[Clip]:
     """The clips of a folder in MMSA-FET's layout, in the order of its `label.csv`.
 
-    Raises `ClipError` that names all faulty rows at once: an id that occurs twice, a
-    label that is no number in [-3, 3], an unknown mode, a clip file that is not there.
-    If you give a dictionary as `problems`, faulty rows are skipped and entered there,
-    id: reason. A missing `label.csv` or column is always an error.
+    Raises `ClipError` that names all faulty rows at once: too few or too many fields,
+    an id that occurs twice or would leave the folder, a label that is no number in
+    [-3, 3], an unknown mode, a clip file that is not there. If you give a dictionary as
+    `problems`, faulty rows are skipped and entered there, id or line: reason. A
+    `label.csv` that is missing, holds no row, lacks a column or has a quote that is
+    never closed is always an error.
+
+    labelled    if not, labels and modes are not read and need not be there: the clips
+                have the sentiment NaN and no split
     """
     folder = Path(folder)
     table = folder / "label.csv"
-    if not table.is_file():
-        raise ClipError(
-            f"no {table}: a clip folder in MMSA-FET's layout holds label.csv (columns "
-            f"{', '.join(REQUIRED)}, ...) and Raw/<video_id>/<clip_id>.mp4"
-        )
-    try:
-        with open(table, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            rows = [(reader.line_num, row) for row in reader]
-            columns = reader.fieldnames or ()
-    except UnicodeDecodeError as error:
-        raise ClipError(
-            f"{table} is not UTF-8 ({error.reason} at byte {error.start}): save it "
-            "again with that encoding"
-        ) from None
-    missing = [c for c in REQUIRED if c not in columns]
+    columns, rows = _rows(table)
+    wanted = REQUIRED if labelled else REQUIRED[:3]
+    missing = [c for c in wanted if c not in columns]
     if missing:
         raise ClipError(
             f"{table} lacks the columns {', '.join(missing)}; found "
             f"{', '.join(columns) or 'an empty file'}"
         )
+    twice = sorted({c for c in columns if c and columns.count(c) > 1})
+    if twice:
+        raise ClipError(f"{table} has the columns {', '.join(twice)} more than once")
+    if not rows:
+        raise ClipError(f"{table} holds no clip: there is nothing below its header")
     clips: dict[str, Clip] = {}
     faults: dict[str, str] = {}
-    for line, row in rows:
+    for line, fields, text in rows:
+        swallowed = _swallowed(folder, columns, text)
+        if swallowed:
+            raise ClipError(
+                f"{table}, line {line}: a quote opens there that is not closed before "
+                f"the row of line {line + swallowed}. Close it, or write a quote that "
+                'belongs to the text twice ("")'
+            )
+        row = dict(zip(columns, fields, strict=False))
+        fault = _fault_of_fields(columns, fields) or _fault_of_name(row)
+        if fault:
+            faults[f"line {line}"] = f"line {line} {fault}"
+            continue
         key = f"{row['video_id']}$_${row['clip_id']}"
-        made = _clip(folder, key, row)
+        made = _clip(folder, key, row, labelled)
         if key in clips:
             made = f"occurs a second time in line {line}"
-            key = f"{key} (line {line})"
         if isinstance(made, str):
+            while key in clips or key in faults:
+                key = f"{key} (line {line})"
             faults[key] = made
         else:
             clips[key] = made
@@ -121,10 +139,113 @@ def read_folder(
     return list(clips.values())
 
 
-def _clip(folder: Path, key: str, row: dict) -> Clip | str:
+def _rows(table: Path) -> tuple[list[str], list[tuple[int, list[str], str]]]:
+    """The header, and of each row its first line's number, its fields and its text."""
+    if not table.is_file():
+        raise ClipError(
+            f"no {table}: a clip folder in MMSA-FET's layout holds label.csv (columns "
+            f"{', '.join(REQUIRED)}, ...) and Raw/<video_id>/<clip_id>.mp4"
+        )
+    try:
+        text = table.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ClipError(
+            f"{table} is not UTF-8 ({error.reason} at byte {error.start}): save it "
+            "again with that encoding"
+        ) from None
+    except OSError as error:
+        raise ClipError(f"{table} cannot be read: {error.strerror}") from error
+    lines = io.StringIO(text, newline="").readlines()
+    found: list[tuple[int, list[str], str]] = []
+    reader = csv.reader(lines, strict=True)
+    limit = csv.field_size_limit(len(text) + 1)  # a long transcript is one all the same
+    try:
+        begin = 0
+        for fields in reader:
+            if fields:
+                body = "".join(lines[begin : reader.line_num])
+                found.append((begin + 1, fields, body))
+            begin = reader.line_num
+    except csv.Error as error:
+        raise ClipError(
+            f"{table}, line {begin + 1}: a quote that opens there is never closed, or "
+            f"text follows the closing one ({error}). Put the whole text in quotes, "
+            'and write a quote that belongs to it twice ("")'
+        ) from None
+    finally:
+        csv.field_size_limit(limit)
+    columns = found[0][1] if found else []
+    return columns, found[1:]
+
+
+def _swallowed(folder: Path, columns: list[str], text: str) -> int | None:
+    """Of a row over several lines, which is a row of its own: a quote was not closed.
+
+    Such a line names another clip that is there, or it and the row's first line both
+    have all fields with what is right in a label and a mode.
+    """
+    lines = re.split(r"\r\n|\r|\n", text.rstrip("\r\n"))
+    if len(lines) == 1:
+        return None
+    alone = [_alone(columns, line) for line in lines]
+    for k, row in enumerate(alone[1:], 1):
+        if row is None:
+            continue
+        if os.path.isfile(_file(folder, row)) and _fault_of_name(row) is None:
+            return k
+        if alone[0] and {"label", "mode"} <= set(columns) and _fits(alone[0], row):
+            return k
+    return None
+
+
+def _alone(columns: list[str], line: str) -> dict[str, str] | None:
+    """A line as a row, its quotes taken for text; what is too much goes to the text."""
+    fields = line.split(",")
+    extra = len(fields) - len(columns)
+    if extra < 0:
+        return None
+    at = columns.index("text")
+    fields[at : at + extra + 1] = [",".join(fields[at : at + extra + 1])]
+    return dict(zip(columns, fields, strict=True))
+
+
+def _fits(*rows: dict[str, str]) -> bool:
+    return all(r["mode"].strip('" ') in MODES and _number(r["label"]) for r in rows)
+
+
+def _number(text: str) -> bool:
+    try:
+        return -3 <= float(text.strip('" ')) <= 3
+    except ValueError:
+        return False
+
+
+def _file(folder: Path, row: dict[str, str]) -> Path:
+    return folder / "Raw" / row["video_id"] / f"{row['clip_id']}.mp4"
+
+
+def _fault_of_fields(columns: list[str], fields: list[str]) -> str | None:
+    if len(fields) != len(columns):
+        return (
+            f"has {len(fields)} fields, the header {len(columns)}: put a text that "
+            "holds commas in quotes"
+        )
+    return None
+
+
+def _fault_of_name(row: dict[str, str]) -> str | None:
+    """What is wrong with a name that would lead out of its folder, or is none."""
+    for column in ("video_id", "clip_id"):
+        name = row[column]
+        if not name or name in (".", "..") or set(name) & set("/\\\0"):
+            return f"has the {column} {name!r}, expected a plain name and no path"
+    return None
+
+
+def _clip(folder: Path, key: str, row: dict, labelled: bool) -> Clip | str:
     """The clip of one row, or what is wrong with the row."""
     values = {}
-    for column in ("label", *UNIMODAL):
+    for column in ("label", *UNIMODAL) if labelled else ():
         text = (row.get(column) or "").strip()
         if not text and column != "label":
             continue  # MOSI and MOSEI have no unimodal labels
@@ -134,17 +255,18 @@ def _clip(folder: Path, key: str, row: dict) -> Clip | str:
             return f"{column} is {text!r}, expected a number in [-3, 3]"
         if not -3 <= values[column] <= 3:  # NaN fails too
             return f"{column} is {text}, expected a number in [-3, 3]"
-    if row["mode"] not in MODES:
+    if labelled and row["mode"] not in MODES:
         return f"mode is {row['mode']!r}, expected {', '.join(MODES)}"
-    path = folder / "Raw" / row["video_id"] / f"{row['clip_id']}.mp4"
-    if not path.is_file():
-        return f"there is no file {path}"
+    path = _file(folder, row)
+    if not os.path.isfile(path):
+        kind = "regular file" if os.path.exists(path) else "file"
+        return f"there is no {kind} {path}"
     return Clip(
         id=key,
         path=path,
         text=row["text"],
-        sentiment=values.pop("label"),
-        split=row["mode"],
+        sentiment=values.pop("label", math.nan),
+        split=row["mode"] if labelled else "",
         video_id=row["video_id"],
         clip_id=row["clip_id"],
         annotation=row.get("annotation") or "",
@@ -199,11 +321,12 @@ def check(
 ) -> tuple[list[Clip], dict[str, str]]:
     """Decode every clip once: those that can be used, and for the others id: reason."""
     good, problems = [], {}
-    for clip in clips:
-        try:
-            decode(clip.path, frames=1, longest=longest)
-        except ClipError as error:
-            problems[clip.id] = str(error)
-        else:
-            good.append(clip)
+    with apart.kept():
+        for clip in clips:
+            try:
+                apart.decode(clip.path, frames=1, longest=longest)
+            except ClipError as error:
+                problems[clip.id] = str(error)
+            else:
+                good.append(clip)
     return good, problems
