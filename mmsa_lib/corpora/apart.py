@@ -14,7 +14,9 @@ import sys
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -108,7 +110,7 @@ class _Worker:
         array = np.empty(shape, kind)
         rest = memoryview(array.reshape(-1).view(np.uint8))
         while rest:
-            count = self.process.stdout.readinto(rest)
+            count = cast(BufferedReader, self.process.stdout).readinto(rest)
             if not count:
                 raise EOFError
             rest = rest[count:]

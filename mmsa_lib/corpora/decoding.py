@@ -169,11 +169,13 @@ def _declared(container, stream) -> float:
         return float(
             stream.frames / rate
         )  # its durations are guessed from what is there
-    if stream.duration:
+    if container.format.name == "matroska,webm":  # a tag says when the stream ends
+        tags = (v for k, v in stream.metadata.items() if k.startswith("DURATION"))
+        ends = max(map(_seconds, tags), default=0.0)
+        if ends:
+            return max(0.0, ends - begin)
+    elif stream.duration:
         return float(stream.duration * stream.time_base)
-    for key, value in stream.metadata.items():
-        if key.startswith("DURATION"):  # Matroska: when the stream ends
-            return max(0.0, _seconds(value) - begin)
     if len(container.streams) == 2:  # what the file declares is of these two
         return max(0.0, (container.duration or 0) / av.time_base - begin)
     return 0.0
