@@ -106,14 +106,14 @@ def read_folder(
     clips: dict[str, Clip] = {}
     faults: dict[str, str] = {}
     for line, fields, text in rows:
-        swallowed = _swallowed(folder, columns, text)
+        row = dict(zip(columns, fields, strict=False))
+        swallowed = _swallowed(folder, columns, row, text)
         if swallowed:
             raise ClipError(
                 f"{table}, line {line}: a quote opens there that is not closed before "
                 f"the row of line {line + swallowed}. Close it, or write a quote that "
                 'belongs to the text twice ("")'
             )
-        row = dict(zip(columns, fields, strict=False))
         fault = _fault_of_fields(columns, fields) or _fault_of_name(row)
         if fault:
             faults[f"line {line}"] = f"line {line} {fault}"
@@ -178,7 +178,9 @@ def _rows(table: Path) -> tuple[list[str], list[tuple[int, list[str], str]]]:
     return columns, found[1:]
 
 
-def _swallowed(folder: Path, columns: list[str], text: str) -> int | None:
+def _swallowed(
+    folder: Path, columns: list[str], row: dict[str, str], text: str
+) -> int | None:
     """Of a row over several lines, which is a row of its own: a quote was not closed.
 
     Such a line names another clip that is there, or it and the row's first line both
@@ -188,14 +190,20 @@ def _swallowed(folder: Path, columns: list[str], text: str) -> int | None:
     if len(lines) == 1:
         return None
     alone = [_alone(columns, line) for line in lines]
-    for k, row in enumerate(alone[1:], 1):
-        if row is None:
+    labelled = {"label", "mode"} <= set(columns)
+    for k, other in enumerate(alone):
+        if other is None:
             continue
-        if os.path.isfile(_file(folder, row)) and _fault_of_name(row) is None:
-            return k
-        if alone[0] and {"label", "mode"} <= set(columns) and _fits(alone[0], row):
+        stranger = _clip_of(other) != _clip_of(row) and _fault_of_name(other) is None
+        if stranger and os.path.isfile(_file(folder, other)):
+            return max(k, 1)
+        if k and labelled and alone[0] and _fits(alone[0], other):
             return k
     return None
+
+
+def _clip_of(row: dict[str, str]) -> tuple[str | None, str | None]:
+    return row.get("video_id"), row.get("clip_id")
 
 
 def _alone(columns: list[str], line: str) -> dict[str, str] | None:
