@@ -6,7 +6,6 @@ when it is called: ``mmsa-book status`` answers at once and never loads torch.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,7 +13,8 @@ from typing import Annotated, Literal
 import typer
 
 from mmsa_lib.errors import BookError, MmsaError, unknown
-from mmsa_lib.press.cli import app, main, pairs
+from mmsa_lib.files import printable
+from mmsa_lib.press.cli import app, main, pairs, print_json
 from mmsa_lib.press.values import seeds_of
 
 PUPPETS_ONLY = (
@@ -138,12 +138,13 @@ def predict(
     if model is None:
         print(PUPPETS_ONLY, file=sys.stderr)
     if as_json:
-        print(json.dumps([asdict(p) for p in found], indent=1, ensure_ascii=False))
+        print_json([asdict(p) for p in found])
     else:
         for p in found:
             shown = "refused" if p.score is None else f"{p.score:+.2f}"
-            why = "" if p.refused is None else f"\n         {p.refused}"
-            print(f"{shown:>7}  {p.path}{why}")
+            print(f"{shown:>7}  {printable(p.path)}")
+            for line in (p.refused or "").splitlines():
+                print(f"         {printable(line)}")
     raise typer.Exit(int(any(p.score is None for p in found)))
 
 

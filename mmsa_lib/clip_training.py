@@ -25,6 +25,7 @@ from mmsa_lib.corpora.clips import MODES
 from mmsa_lib.corpora.media import MediaConfig, clip_corpus
 from mmsa_lib.corpora.schema import Corpus
 from mmsa_lib.errors import ConfigError, unknown
+from mmsa_lib.files import printable
 from mmsa_lib.methods import generative, readout, saving
 from mmsa_lib.nets import omni
 from mmsa_lib.training import Frozen, Rule, TrainConfig
@@ -97,7 +98,7 @@ class Settings:
         """What a run record keeps: everything but places and the record's name."""
         kept = asdict(self) | {
             "generative": METHODS[self.method].writes,
-            "backbone": self.backbone.rstrip("/").rpartition("/")[2],
+            "backbone": printable(self.backbone.rstrip("/").rpartition("/")[2]),
             "processes": int(os.environ.get("WORLD_SIZE", "1")),
         }
         left = ("method", "clips", "out", "cache", "checkpoint", "seeds")
@@ -162,7 +163,7 @@ def read_clips(given: Settings) -> tuple[Corpus, MediaConfig]:
     problems: dict[str, str] | None = {} if given.skip_unusable else None
     corpus = clip_corpus(given.clips, config, cache=given.cache, problems=problems)
     for name, why in (problems or {}).items():
-        say(f"left out {name}: {why}")
+        say(printable(f"left out {name}: {why}"))
     lacking = [split for split in MODES if split not in corpus.splits]
     if lacking:
         raise ConfigError(

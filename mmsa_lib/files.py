@@ -41,6 +41,17 @@ def publish(part: str | Path, path: str | Path) -> None:
     os.replace(part, path)
 
 
+def printable(text: object) -> str:
+    """A name on one line that any file and any terminal can hold.
+
+    What cannot be shown is escaped: a line break is ``\\n``, the byte E9 of a name that
+    is not UTF-8 is ``\\udce9``.
+    """
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)
+    )
+
+
 @contextmanager
 def replacing(path: str | Path) -> Generator[Path]:
     """A path beside `path` to write to; it takes that place if the block ends well.

@@ -1,5 +1,6 @@
 """The program as a whole: it executes nothing that lies where it is called."""
 
+import io
 import os
 import subprocess
 import sys
@@ -127,3 +128,36 @@ def test_wrong_options_of_a_corpus_are_refused(tmp_path, capsys):
     assert "option batch_size of mosi-text-audio" in capsys.readouterr().err
     assert command(*get, "encodr", "x") == 2
     assert "Did you mean 'encoder'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_every_command_prints_on_any_terminal(tmp_path, monkeypatch, encoding):
+    """Names that the terminal's encoding lacks are escaped, never an error."""
+    odd = os.fsdecode(b"caf\xe9 \xe6\x97\xa5")
+    text = chapter("\u65e5\u672c \u2014 A") + cell(
+        "print('\u65e5\u672c')", ":tags: [illustration]\n"
+    )
+    root = make_project(tmp_path / "\u65e5", {"a": text})
+    monkeypatch.chdir(root)
+    for arguments, status in (
+        (["status"], 0),
+        (["status", "--json"], 0),
+        (["data", "list"], 0),
+        (["records", "list"], 0),
+        (["records", "show", odd], 2),
+        (["records", "check"], 0),
+        (["run", odd], 2),
+        (["run", "a", "-p", odd, "1"], None),
+        (["train", "readout", "--clips", odd, "--out", str(tmp_path / odd)], 1),
+        (["data", "get", odd], 2),
+        (["clean"], 0),
+    ):
+        raws = {name: io.BytesIO() for name in ("stdout", "stderr")}
+        for name, raw in raws.items():
+            stream = io.TextIOWrapper(raw, encoding=encoding, errors="strict")
+            monkeypatch.setattr(sys, name, stream)
+        found = command(*arguments)
+        sys.stdout.flush(), sys.stderr.flush()
+        said = [raw.getvalue().decode(encoding) for raw in raws.values()]
+        assert found == status or (status is None and found), (arguments, said)
+        assert any(said) and "Traceback" not in said[1], arguments

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import command
+from films import patched_samples
 from safetensors.torch import load_file
 from thinkers import MEDIA, environment, score, write_folder
 
@@ -227,3 +229,26 @@ def test_a_method_that_nobody_knows(tmp_path):
     unset = dict.fromkeys(f.name for f in fields(clip_training.Settings))
     with pytest.raises(UnknownNameError, match=r"'oracle'.*generative, readout"):
         clip_training.Settings(**unset | {"method": "oracle"})
+
+
+def test_training_leaves_out_what_cannot_be_used_and_goes_on(
+    options, chosen, tmp_path, capsys, monkeypatch
+):
+    """A pipe, a playlist and sound that is no number, in a folder of an odd name."""
+    monkeypatch.setenv("MMSA_RECORDS", "")
+    folder = write_folder(tmp_path / os.fsdecode(b"caf\xe9"), chosen)
+    train = [c for c in chosen if c.split == "train"]
+    pipe, playlist, infinite = (
+        folder / "Raw" / c.video_id / f"{c.clip_id}.mp4" for c in train[:3]
+    )
+    pipe.unlink()
+    os.mkfifo(pipe)
+    playlist.write_text("ffconcat version 1.0\nfile good.mp4\n")
+    patched_samples(tmp_path / "inf.mov", {9: np.inf}).replace(infinite)
+    out = tmp_path / os.fsdecode(b"out\xff")
+    given = [f"--clips={folder}", f"--out={out}", "--skip-unusable", "--epochs=1"]
+    assert command("train", "readout", *options, *given) == 0
+    said = capsys.readouterr().out
+    assert "3 train" in said and said.count("left out") == 3
+    for why in ("no regular file", "not a video container", "NaN or infinite"):
+        assert why in said

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -354,6 +355,195 @@ def test_folders_that_cannot_be_read_at_all(tmp_path):
     assert issubclass(ClipError, CorpusError) and not problems
 
 
+SLIM = "video_id,clip_id,text,label,mode"
+NOTHING = "video_id,clip_id,text"
+LAST = "video_id,clip_id,label,mode,text"
+FIRST = "text,label,mode,video_id,clip_id"
+
+
+def table_of(folder, text, clips=range(1, 7)):
+    """A folder with this table and clips of these names in Raw/v."""
+    raw = folder / "Raw" / "v"
+    raw.mkdir(parents=True, exist_ok=True)
+    for k in clips:
+        (raw / f"{k}.mp4").touch()
+    (folder / "label.csv").write_bytes(text.encode())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        # never closed
+        (f'{COLUMNS}\nv,1,"oh no,1,,,,Positive,train\nv,2,b,1,,,,Positive,train\n', 2),
+        (f'{SLIM}\nv,1,a,1,train\nv,2,"oh no,1,train\nv,3,c,1,train\n', 3),
+        (f'{SLIM}\nv,1,a,1,train\n\nv,2,"oh no', 4),
+        (f'{SLIM}\r\nv,1,a,1,train\r\nv,2,"oh no,1,train\r\n', 3),
+        # closed by the quote of a later row
+        (f'{SLIM}\nv,1,"oh no,1,train\nv,2,b,1,train\nv,3,"well, c",1,train\n', 2),
+        (f'{SLIM}\nv,1,"oh no,1,train\nv,2,b,1,train\nv,3,c",1,train\n', 2),
+        (f'{SLIM}\nv,1,a,1,train\nv,2,"oh, no,1,train\nv,3,c",1,train\n', 3),
+        (f'{COLUMNS}\nv,1,"no,1,,,,P,train\nv,2,b,1,,,,P,train\nv,3,"",1,,,,P,test', 2),
+        (f'{LAST}\nv,1,1,train,"oh no\nv,2,1,train,b\nv,3,1,train,c"\n', 2),
+        (f'{FIRST}\n"oh no,1,train,v,1\nb,1,train,v,2\nc",1,train,v,3\n', 2),
+        (f'{FIRST}\n"oh no,1,train,v,1\nc",1,train,v,3\n', 2),
+        # clips that are not there are lost all the same
+        (f'{SLIM}\nv,8,"oh no,1,train\nv,9,b",1,train\n', 2),
+        # text after the closing quote
+        (f'{SLIM}\nv,1,"oh" no,1,train\n', 2),
+    ],
+)
+@pytest.mark.parametrize("given", [None, {}])
+def test_a_quote_that_is_not_closed_is_named_with_its_line(tmp_path, text, line, given):
+    folder = table_of(tmp_path, text)
+    for labelled in (True, False):
+        with pytest.raises(ClipError, match=rf"label\.csv, line {line}: .*quote"):
+            read_folder(folder, given, labelled=labelled)
+
+
+def test_texts_over_several_lines_are_texts(tmp_path):
+    for text, expected in (
+        (f'{SLIM}\nv,1,"one\ntwo",1,train\nv,2,b,1,train\n', ["one\ntwo", "b"]),
+        (f'{SLIM}\nv,1,"I, well\nyou, they, we",1,train\n', ["I, well\nyou, they, we"]),
+        (f'{LAST}\nv,1,1,train,"one\n\ntwo, or three"\n', ["one\n\ntwo, or three"]),
+        (f'{FIRST}\n"one\r\ntwo",1,train,v,1\n', ["one\r\ntwo"]),
+        (f'{SLIM}\nv,1,"he said ""no""",1,train\n', ['he said "no"']),
+        (f'{SLIM}\nv,1,he said "no",1,train\n', ['he said "no"']),
+        (f"{SLIM}\nv,1,one\u2028two,1,train\n", ["one\u2028two"]),
+    ):
+        assert [c.text for c in read_folder(table_of(tmp_path, text))] == expected
+
+
+def test_a_long_text_is_whole(tmp_path):
+    words = "words, " * 60_000
+    limit = csv.field_size_limit()
+    (clip,) = read_folder(table_of(tmp_path, f'{SLIM}\nv,1,"{words}",1,train\n'))
+    assert clip.text == words and csv.field_size_limit() == limit
+    rows = "".join(
+        f"v,{k},{words[:90].replace(',', '')},1,train\n" for k in range(4000)
+    )
+    with pytest.raises(ClipError, match="line 2: a quote that opens"):
+        read_folder(table_of(tmp_path, f'{SLIM}\nv,1,"oh no,1,train\n{rows}'))
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize("columns", [COLUMNS, SLIM, LAST, FIRST])
+@pytest.mark.parametrize("change", [-3, -1, 1, 2])
+def test_rows_have_as_many_fields_as_the_header(tmp_path, columns, change):
+    names = columns.split(",")
+    good = dict.fromkeys(names, "") | {
+        **{"video_id": "v", "clip_id": "1", "text": "a", "label": "1", "mode": "train"}
+    }
+    fields = list(good.values())
+    bad = [*fields, "x", "y"][: len(fields) + change]
+    text = "\n".join(",".join(row) for row in (names, bad, fields, bad))
+    problems = {}
+    (clip,) = read_folder(table_of(tmp_path, text), problems)
+    assert clip.text == "a" and list(problems) == ["line 2", "line 4"]
+    said = f"line 2 has {len(bad)} fields, the header {len(names)}"
+    assert problems["line 2"].startswith(said)
+    with pytest.raises(ClipError, match=f"(?s)2 faulty rows of 3.*{said}"):
+        read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("columns", [COLUMNS, SLIM])
+@pytest.mark.parametrize("rest", ["", "\n", "\r\n\r\n", "\n\n\n"])
+def test_a_header_alone_holds_no_clip(tmp_path, columns, rest):
+    for problems in (None, {}):
+        with pytest.raises(ClipError, match=r"label\.csv holds no clip"):
+            read_folder(table_of(tmp_path, columns + rest), problems)
+
+
+def test_a_column_that_is_there_twice(tmp_path):
+    text = f"{SLIM},text\nv,1,a,1,train,b\n"
+    with pytest.raises(ClipError, match="the columns text more than once"):
+        read_folder(table_of(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("video", "clip"),
+    [
+        ("../../..", "1"),
+        ("..", "1"),
+        (".", "1"),
+        ("", "1"),
+        ("v", ""),
+        ("v", "../v/1"),
+        ("v/../v", "1"),
+        ("..\\v", "1"),
+        ("ABSOLUTE", "1"),
+        ("v", "ABSOLUTE"),
+        ("v\0", "1"),
+    ],
+)
+def test_names_that_leave_the_folder_are_refused_by_line(tmp_path, video, clip):
+    there = str(tmp_path / "Raw" / "v")
+    video, clip = (x.replace("ABSOLUTE", there) for x in (video, clip))
+    text = f"{SLIM}\nv,2,a,1,train\n{video},{clip},b,1,train\n"
+    folder = table_of(tmp_path, text)
+    (tmp_path / "Raw" / "1.mp4").touch()
+    for labelled in (True, False):
+        problems = {}
+        (good,) = read_folder(folder, problems, labelled=labelled)
+        assert good.clip_id == "2" and list(problems) == ["line 3"]
+        assert problems["line 3"].startswith("line 3 has the ")
+    with pytest.raises(ClipError, match="line 3 has the"):
+        read_folder(folder)
+
+
+def test_names_of_files_that_cannot_be(tmp_path):
+    text = f"{SLIM}\n{'v' * 300},1,a,1,train\nv,7,b,1,train\nv,1,c,1,train\n"
+    os.mkfifo(table_of(tmp_path, text) / "Raw" / "v" / "7.mp4")
+    problems = {}
+    (good,) = read_folder(tmp_path, problems)
+    assert good.text == "c"
+    long, pipe = problems.values()
+    assert "there is no file" in long and "there is no regular file" in pipe
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{NOTHING}\nv,1,a\nv,2,b\n",
+        f"{SLIM}\nv,1,a,,\nv,2,b,good,dev\n",
+        f"{COLUMNS}\nv,1,a,,,,,,test\nv,2,b,9,9,9,9,,\n",
+    ],
+)
+def test_without_labels_a_table_needs_none(tmp_path, text):
+    found = read_folder(table_of(tmp_path, text), labelled=False)
+    assert [c.text for c in found] == ["a", "b"]
+    assert all(np.isnan(c.sentiment) and not c.split and not c.labels for c in found)
+    with pytest.raises(ClipError):
+        read_folder(tmp_path)
+
+
+def test_a_row_that_is_there_twice_is_never_lost(tmp_path):
+    rows = ["v,1,a,1,train", "v,1,b,9,train", "v,2,c,9,train", "v,2,d,8,train"]
+    problems = {}
+    (good,) = read_folder(table_of(tmp_path, "\n".join([SLIM, *rows])), problems)
+    assert good.text == "a"
+    assert list(problems) == ["v$_$1 (line 3)", "v$_$2", "v$_$2 (line 5)"]
+
+
+def test_cases_of_tables(shared_dir, tmp_path):
+    cases = shared_dir / "cases" / "label-csv"
+    if not cases.is_dir():
+        pytest.skip(f"no cases at {cases}")
+    for name, said in (
+        ("headeronly", "holds no clip"),
+        ("huge", "line 2: a quote"),
+        ("unclosed", "line 3: a quote"),
+        ("short_order", "line 2 has 4 fields, the header 5"),
+        ("textlast", "line 2 has 6 fields, the header 5"),
+    ):
+        folder = table_of(tmp_path / name, (cases / name / "label.csv").read_text())
+        with pytest.raises(ClipError, match=said):
+            read_folder(folder)
+    name = "nolabel"
+    folder = table_of(tmp_path / name, (cases / name / "label.csv").read_text())
+    assert len(read_folder(folder, labelled=False)) == 2
+
+
 # --- decoding -------------------------------------------------------------------------
 
 
@@ -368,8 +558,10 @@ def write(
     wave=None,
     codec="libx264",
     audio_from=0.0,
+    picture=None,
 ):
     """A clip whose frame k is grey 10 * k and whose sound is a 440 Hz tone."""
+    size = size if picture is None else picture.shape[:2]
     seconds = n / fps if seconds is None else seconds
     with av.open(str(path), "w") as out:
         streams = []
@@ -383,7 +575,8 @@ def write(
             streams.append(sound)
         for k in range(n or 0):
             grey = np.full((*size, 3), min(10 * k, 255), np.uint8)
-            out.mux(video.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+            shown = grey if picture is None else picture
+            out.mux(video.encode(av.VideoFrame.from_ndarray(shown, format="rgb24")))
         if seconds:
             t = np.arange(int(rate * seconds)) / rate
             x = 0.5 * np.sin(2 * np.pi * 440 * t) if wave is None else wave(t)

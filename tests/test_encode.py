@@ -1,12 +1,13 @@
 """Raw pairs through frozen encoders: a stored corpus, and errors with a remedy."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 
-from mmsa_lib.corpora import store
+from mmsa_lib.corpora import encode, store
 from mmsa_lib.corpora.encode import encode_pairs
 from mmsa_lib.corpora.schema import Card
 from mmsa_lib.errors import CorpusError
@@ -71,3 +72,38 @@ def test_raw_pairs_through_frozen_encoders(tmp_path):
     with pytest.raises(CorpusError, match="empty' could not be loaded"):
         missing = encoders | {"text": tmp_path / "empty"}
         encode_pairs(rows, tmp_path / "again", card, **missing)
+
+
+def test_an_image_is_upright_whole_and_no_pipe(tmp_path):
+    from PIL import Image
+
+    shown = np.zeros((40, 60, 3), np.uint8)
+    shown[:20, :30], shown[20:, 30:] = (250, 0, 0), (0, 250, 0)
+    stored = {1: shown, 2: shown[:, ::-1], 3: np.rot90(shown, 2), 4: shown[::-1]}
+    stored |= {6: np.rot90(shown, 1), 8: np.rot90(shown, 3)}
+    for orientation, pixels in stored.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        file = tmp_path / f"{orientation}.png"
+        Image.fromarray(np.ascontiguousarray(pixels)).save(file, exif=exif)
+        assert (np.asarray(encode._opened(file)) == shown).all(), orientation
+    content = file.read_bytes()
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
+    (tmp_path / "script.png").write_text(
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9"
+    )
+    (tmp_path / "empty.png").touch()
+    for seed in range(60):
+        rng, body = np.random.default_rng(seed), bytearray(content)
+        for at in rng.choice(len(body), 3):
+            body[at] ^= 1 << rng.integers(8)
+        (tmp_path / f"damaged-{seed}.png").write_bytes(body)
+    for file in tmp_path.iterdir():
+        try:
+            picture = encode._opened(file)
+        except CorpusError as error:
+            assert str(file) in str(error)
+        else:
+            assert picture.mode == "RGB"
+            assert file.stem.isdigit() or file.stem.startswith("damaged")

@@ -1,7 +1,9 @@
 """Clips as a corpus: what the real processor makes of them, cached, sealed, named."""
 
 import importlib
+import json
 import math
+import os
 import re
 import resource
 import shutil
@@ -12,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from films import displayed
 from test_clips import COLUMNS, broken_files, write
 
 from mmsa_lib import corpora
@@ -556,6 +559,89 @@ def test_unusable_clips_are_named_at_once_and_skipped_only_if_asked(tmp_path):
         if name != "good":
             assert re.search(reason, lines[f"v$_${name}"])
             assert re.search(reason, problems[f"v$_${name}"])
+
+
+class Odd(BaseException):
+    """As Rust's panics: no `Exception`."""
+
+
+ODD = [
+    RuntimeError("fault"),
+    ValueError("fault"),
+    MemoryError(),
+    OSError("no number"),
+    RecursionError("deep"),
+    StopIteration(),
+    GeneratorExit(),
+    AssertionError(),
+    KeyError("x"),
+    UnicodeDecodeError("utf-8", b"\xff", 0, 1, "fault"),
+    Odd("panic"),
+    CorpusError("one clip's"),
+]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("error", ODD, ids=lambda e: type(e).__name__)
+def test_whatever_one_clip_raises_costs_that_clip(
+    tmp_path, sources, monkeypatch, error, cached
+):
+    def fails(media_of_clip, config):
+        if media_of_clip.frames.shape[1] == 84:  # the second source
+            raise error
+        return read_media(media_of_clip, config)
+
+    monkeypatch.setattr(media, "read_media", fails)
+    one, two = sources
+    clips = [
+        Clip(str(k), (one, two)[k == 2], "x", 0.5, "train", "v", str(k))
+        for k in range(5)
+    ]
+    problems = {}
+    place = tmp_path / "cache" if cached else None
+    found = clip_corpus(clips, SMALL, cache=place, problems=problems)
+    assert found.train.ids == ["0", "1", "3", "4"] and list(problems) == ["2"]
+    assert str(two) in problems["2"]
+    with pytest.raises(ClipError, match="1 of a list of clips"):
+        clip_corpus(clips, SMALL, cache=place)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_who_stops_a_reading_stops_it(sources, monkeypatch, error):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(media, "read_media", fails)
+    with pytest.raises(error):
+        clip_corpus([Clip("a", sources[0], "x", 0.5, "train", "v", "a")], SMALL)
+
+
+def test_rotated_films_are_upright_in_corpus_and_cache(tmp_path):
+    """What a cache holds of before this was heeded has another key."""
+    plain = write(tmp_path / "plain.mp4", n=6, size=(56, 84))
+    turned = tmp_path / "turned.mp4"
+    turned.write_bytes(plain.read_bytes())
+    displayed(turned, 0, 1, -1, 0)
+    clips = [Clip(p.stem, p, "x", 0.0, "train", "v", p.stem) for p in (plain, turned)]
+    kept = clip_corpus(clips, SMALL)
+    for _ in range(2):
+        assert equal(clip_corpus(clips, SMALL, cache=tmp_path / "cache"), kept)
+    grids = kept.train.extras["grid"]
+    assert (
+        grids[0, 1:].tolist() == grids[1, :0:-1].tolist() and grids[0, 1] < grids[0, 2]
+    )
+    assert media.VERSION != "1"
+
+
+def test_a_folder_whose_name_is_no_text_is_recorded(tmp_path, sources):
+    folder = tmp_path / os.fsdecode(b"caf\xe9\n")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system holds UTF-8 names only")
+    found = clip_corpus(three(folder, sources), FEW)
+    assert found.card.source == r"the clip folder caf\udce9\n"
+    json.dumps(found.card.as_dict(), ensure_ascii=False).encode()
 
 
 def test_problems_of_a_list_of_clips(tmp_path, sources):

@@ -8,21 +8,36 @@ annotation, mode) and `Raw/<video_id>/<clip_id>.mp4`. Reading the folder opens n
 from __future__ import annotations
 
 import csv
+import io
 import json
+import math
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
-import av
 import numpy as np
 
+from mmsa_lib.corpora import apart
+from mmsa_lib.corpora.decoding import LONGEST, Media, decode
 from mmsa_lib.errors import ClipError
+
+__all__ = [
+    "Clip",
+    "Media",
+    "check",
+    "decode",
+    "puppet_card",
+    "puppet_clips",
+    "puppet_folder",
+    "read_folder",
+]
 
 MODES = ("train", "valid", "test")
 REQUIRED = ("video_id", "clip_id", "text", "label", "mode")
 UNIMODAL = {"label_T": "text", "label_A": "audio", "label_V": "vision"}
-LONGEST = 60.0  # seconds; an opinion segment of MOSI takes 4
 SHOWN = 20  # faults named in one message
 
 
@@ -52,68 +67,64 @@ class Clip:
     truth: dict = field(default_factory=dict, compare=False)
 
 
-@dataclass(frozen=True)
-class Media:
-    """A decoded clip. Times count from the first frame or sample, whichever is first.
-
-    frames       (n, H, W, 3) uint8, RGB
-    frame_times  (n,) seconds
-    audio        (samples,) float32, mono, in [-1, 1], `rate` a second
-    seconds      duration of the clip
-    """
-
-    frames: np.ndarray
-    frame_times: np.ndarray
-    audio: np.ndarray
-    rate: int
-    seconds: float
-
-
 # --- folders --------------------------------------------------------------------------
 
 
 def read_folder(
-    folder: str | Path, problems: dict[str, str] | None = None
+    folder: str | Path,
+    problems: dict[str, str] | None = None,
+    *,
+    labelled: bool = True,
 ) -> list[Clip]:
     """The clips of a folder in MMSA-FET's layout, in the order of its `label.csv`.
 
-    Raises `ClipError` that names all faulty rows at once: an id that occurs twice, a
-    label that is no number in [-3, 3], an unknown mode, a clip file that is not there.
-    If you give a dictionary as `problems`, faulty rows are skipped and entered there,
-    id: reason. A missing `label.csv` or column is always an error.
+    Raises `ClipError` that names all faulty rows at once: too few or too many fields,
+    an id that occurs twice or would leave the folder, a label that is no number in
+    [-3, 3], an unknown mode, a clip file that is not there. If you give a dictionary as
+    `problems`, faulty rows are skipped and entered there, id or line: reason. A
+    `label.csv` that is missing, holds no row, lacks a column or has a quote that is
+    never closed is always an error.
+
+    labelled    if not, labels and modes are not read and need not be there: the clips
+                have the sentiment NaN and no split
     """
     folder = Path(folder)
     table = folder / "label.csv"
-    if not table.is_file():
-        raise ClipError(
-            f"no {table}: a clip folder in MMSA-FET's layout holds label.csv (columns "
-            f"{', '.join(REQUIRED)}, ...) and Raw/<video_id>/<clip_id>.mp4"
-        )
-    try:
-        with open(table, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            rows = [(reader.line_num, row) for row in reader]
-            columns = reader.fieldnames or ()
-    except UnicodeDecodeError as error:
-        raise ClipError(
-            f"{table} is not UTF-8 ({error.reason} at byte {error.start}): save it "
-            "again with that encoding"
-        ) from None
-    missing = [c for c in REQUIRED if c not in columns]
+    columns, rows = _rows(table)
+    wanted = REQUIRED if labelled else REQUIRED[:3]
+    missing = [c for c in wanted if c not in columns]
     if missing:
         raise ClipError(
             f"{table} lacks the columns {', '.join(missing)}; found "
             f"{', '.join(columns) or 'an empty file'}"
         )
+    twice = sorted({c for c in columns if c and columns.count(c) > 1})
+    if twice:
+        raise ClipError(f"{table} has the columns {', '.join(twice)} more than once")
+    if not rows:
+        raise ClipError(f"{table} holds no clip: there is nothing below its header")
     clips: dict[str, Clip] = {}
     faults: dict[str, str] = {}
-    for line, row in rows:
+    for line, fields, text in rows:
+        row = dict(zip(columns, fields, strict=False))
+        swallowed = _swallowed(folder, columns, row, text)
+        if swallowed:
+            raise ClipError(
+                f"{table}, line {line}: a quote opens there that is not closed before "
+                f"the row of line {line + swallowed}. Close it, or write a quote that "
+                'belongs to the text twice ("")'
+            )
+        fault = _fault_of_fields(columns, fields) or _fault_of_name(row)
+        if fault:
+            faults[f"line {line}"] = f"line {line} {fault}"
+            continue
         key = f"{row['video_id']}$_${row['clip_id']}"
-        made = _clip(folder, key, row)
+        made = _clip(folder, key, row, labelled)
         if key in clips:
             made = f"occurs a second time in line {line}"
-            key = f"{key} (line {line})"
         if isinstance(made, str):
+            while key in clips or key in faults:
+                key = f"{key} (line {line})"
             faults[key] = made
         else:
             clips[key] = made
@@ -128,10 +139,121 @@ def read_folder(
     return list(clips.values())
 
 
-def _clip(folder: Path, key: str, row: dict) -> Clip | str:
+def _rows(table: Path) -> tuple[list[str], list[tuple[int, list[str], str]]]:
+    """The header, and of each row its first line's number, its fields and its text."""
+    if not table.is_file():
+        raise ClipError(
+            f"no {table}: a clip folder in MMSA-FET's layout holds label.csv (columns "
+            f"{', '.join(REQUIRED)}, ...) and Raw/<video_id>/<clip_id>.mp4"
+        )
+    try:
+        text = table.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ClipError(
+            f"{table} is not UTF-8 ({error.reason} at byte {error.start}): save it "
+            "again with that encoding"
+        ) from None
+    except OSError as error:
+        raise ClipError(f"{table} cannot be read: {error.strerror}") from error
+    lines = io.StringIO(text, newline="").readlines()
+    found: list[tuple[int, list[str], str]] = []
+    reader = csv.reader(lines, strict=True)
+    limit = csv.field_size_limit(len(text) + 1)  # a long transcript is one all the same
+    try:
+        begin = 0
+        for fields in reader:
+            if fields:
+                body = "".join(lines[begin : reader.line_num])
+                found.append((begin + 1, fields, body))
+            begin = reader.line_num
+    except csv.Error as error:
+        raise ClipError(
+            f"{table}, line {begin + 1}: a quote that opens there is never closed, or "
+            f"text follows the closing one ({error}). Put the whole text in quotes, "
+            'and write a quote that belongs to it twice ("")'
+        ) from None
+    finally:
+        csv.field_size_limit(limit)
+    columns = found[0][1] if found else []
+    return columns, found[1:]
+
+
+def _swallowed(
+    folder: Path, columns: list[str], row: dict[str, str], text: str
+) -> int | None:
+    """Of a row over several lines, which is a row of its own: a quote was not closed.
+
+    Such a line names another clip that is there, or it and the row's first line both
+    have all fields with what is right in a label and a mode.
+    """
+    lines = re.split(r"\r\n|\r|\n", text.rstrip("\r\n"))
+    if len(lines) == 1:
+        return None
+    alone = [_alone(columns, line) for line in lines]
+    labelled = {"label", "mode"} <= set(columns)
+    for k, other in enumerate(alone):
+        if other is None:
+            continue
+        stranger = _clip_of(other) != _clip_of(row) and _fault_of_name(other) is None
+        if stranger and os.path.isfile(_file(folder, other)):
+            return max(k, 1)
+        if k and labelled and alone[0] and _fits(alone[0], other):
+            return k
+    return None
+
+
+def _clip_of(row: dict[str, str]) -> tuple[str | None, str | None]:
+    return row.get("video_id"), row.get("clip_id")
+
+
+def _alone(columns: list[str], line: str) -> dict[str, str] | None:
+    """A line as a row, its quotes taken for text; what is too much goes to the text."""
+    fields = line.split(",")
+    extra = len(fields) - len(columns)
+    if extra < 0:
+        return None
+    at = columns.index("text")
+    fields[at : at + extra + 1] = [",".join(fields[at : at + extra + 1])]
+    return dict(zip(columns, fields, strict=True))
+
+
+def _fits(*rows: dict[str, str]) -> bool:
+    return all(r["mode"].strip('" ') in MODES and _number(r["label"]) for r in rows)
+
+
+def _number(text: str) -> bool:
+    try:
+        return -3 <= float(text.strip('" ')) <= 3
+    except ValueError:
+        return False
+
+
+def _file(folder: Path, row: dict[str, str]) -> Path:
+    return folder / "Raw" / row["video_id"] / f"{row['clip_id']}.mp4"
+
+
+def _fault_of_fields(columns: list[str], fields: list[str]) -> str | None:
+    if len(fields) != len(columns):
+        return (
+            f"has {len(fields)} fields, the header {len(columns)}: put a text that "
+            "holds commas in quotes"
+        )
+    return None
+
+
+def _fault_of_name(row: dict[str, str]) -> str | None:
+    """What is wrong with a name that would lead out of its folder, or is none."""
+    for column in ("video_id", "clip_id"):
+        name = row[column]
+        if not name or name in (".", "..") or set(name) & set("/\\\0"):
+            return f"has the {column} {name!r}, expected a plain name and no path"
+    return None
+
+
+def _clip(folder: Path, key: str, row: dict, labelled: bool) -> Clip | str:
     """The clip of one row, or what is wrong with the row."""
     values = {}
-    for column in ("label", *UNIMODAL):
+    for column in ("label", *UNIMODAL) if labelled else ():
         text = (row.get(column) or "").strip()
         if not text and column != "label":
             continue  # MOSI and MOSEI have no unimodal labels
@@ -141,17 +263,18 @@ def _clip(folder: Path, key: str, row: dict) -> Clip | str:
             return f"{column} is {text!r}, expected a number in [-3, 3]"
         if not -3 <= values[column] <= 3:  # NaN fails too
             return f"{column} is {text}, expected a number in [-3, 3]"
-    if row["mode"] not in MODES:
+    if labelled and row["mode"] not in MODES:
         return f"mode is {row['mode']!r}, expected {', '.join(MODES)}"
-    path = folder / "Raw" / row["video_id"] / f"{row['clip_id']}.mp4"
-    if not path.is_file():
-        return f"there is no file {path}"
+    path = _file(folder, row)
+    if not os.path.isfile(path):
+        kind = "regular file" if os.path.exists(path) else "file"
+        return f"there is no {kind} {path}"
     return Clip(
         id=key,
         path=path,
         text=row["text"],
-        sentiment=values.pop("label"),
-        split=row["mode"],
+        sentiment=values.pop("label", math.nan),
+        split=row["mode"] if labelled else "",
         video_id=row["video_id"],
         clip_id=row["clip_id"],
         annotation=row.get("annotation") or "",
@@ -201,147 +324,17 @@ def puppet_clips() -> list[Clip]:
     return clips
 
 
-# --- decoding -------------------------------------------------------------------------
-
-
-def decode(
-    path: str | Path,
-    frames: int = 16,
-    rate: int = 16000,
-    longest: float = LONGEST,
-) -> Media:
-    """At most `frames` frames, evenly spaced in time, and the whole sound of a clip.
-
-    Any format that FFmpeg reads: sound of any rate and layout becomes mono at `rate`,
-    frames keep their size. Raises `ClipError` that names the clip and the reason: no
-    such file, broken, cut off, no video or no audio stream, no frame (so that a clip
-    of zero duration is refused too), silent, longer than `longest` seconds.
-    """
-    path = Path(path)
-    if frames < 1:
-        raise ValueError(f"frames must be at least 1, found {frames}")
-    if not path.is_file():
-        raise ClipError(f"{path}: there is no such file")
-    try:
-        # without "file:" FFmpeg takes what stands before a colon for a protocol
-        with av.open(f"file:{path}") as container:
-            plan = _plan(container, frames)
-        if plan.declared > longest:
-            raise _TooLong(plan.declared)
-        with av.open(f"file:{path}") as container:
-            return _decode(container, plan, rate, longest)
-    except _TooLong as error:
-        reason = f"lasts {error.args[0]:.1f} s, longer than longest={longest:g} s"
-    except _Unusable as error:
-        reason = error.args[0]
-    except (av.error.FFmpegError, UnicodeDecodeError) as error:
-        reason = f"broken: {getattr(error, 'strerror', None) or error}"
-    raise ClipError(f"{path}: {reason}")
-
-
-class _Unusable(Exception):
-    """Why a clip cannot be used; `decode` adds its name."""
-
-
-class _TooLong(Exception):
-    """A clip's duration in seconds, once it is known to exceed the limit."""
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What the packets tell before anything is decoded."""
-
-    targets: np.ndarray  # times of the frames to keep, seconds
-    step: float  # from frame to frame, seconds
-    stamped: bool  # False where frames have no times (AVI) and are counted instead
-    declared: float  # duration, seconds; 0 if unknown
-
-
-def _plan(container, frames: int) -> _Plan:
-    if not container.streams.video:
-        raise _Unusable("has no video stream")
-    if not container.streams.audio:
-        raise _Unusable("has no audio stream")
-    video = container.streams.video[0]
-    packets = [p for p in container.demux(video) if p.size and not p.is_discard]
-    if not packets:
-        raise _Unusable("frameless: its video stream holds no frame")
-    step = float(1 / (video.average_rate or 25))
-    # AVI stores no times of presentation; what FFmpeg guesses skips frames
-    stamped = container.format.name != "avi"
-    stamped = stamped and all(p.pts is not None for p in packets)
-    if stamped:
-        times = np.sort([float(p.pts * video.time_base) for p in packets])
-    else:
-        times = np.arange(len(packets)) * step
-    if len(times) > frames:
-        ideal = np.linspace(times[0], times[-1], frames)
-        after = np.searchsorted(times, ideal).clip(1, len(times) - 1)
-        nearer = ideal - times[after - 1] <= times[after] - ideal
-        times = np.unique(times[after - nearer])
-    return _Plan(times, step, stamped, (container.duration or 0) / av.time_base)
-
-
-def _decode(container, plan: _Plan, rate: int, longest: float) -> Media:
-    video, sound = container.streams.video[0], container.streams.audio[0]
-    video.thread_type = "AUTO"
-    targets, step = plan.targets, plan.step
-    resampler = av.AudioResampler(format="fltp", rate=rate)
-    images, times, samples, heard_from = [], [], [], None
-    seen = 0  # video frames so far
-    last = targets[0]
-    for frame in container.decode(video, sound):
-        if isinstance(frame, av.AudioFrame):
-            if heard_from is None:
-                heard_from = frame.time or 0.0
-            last = max(last, frame.time or 0.0)
-            samples += [f.to_ndarray().mean(0) for f in resampler.resample(frame)]
-        else:
-            time = frame.time if plan.stamped else seen * step
-            seen += 1
-            last = max(last, time + step)
-            # the first frame at or after the next target that is not taken yet
-            if len(times) < len(targets) and time >= targets[len(times)] - step / 2:
-                size = images[0].shape[:2] if images else (frame.height, frame.width)
-                image = frame.to_ndarray(format="rgb24", height=size[0], width=size[1])
-                images.append(image)
-                times.append(time)
-        if last - targets[0] > longest + 1:
-            raise _TooLong(last - targets[0])
-    if not images:
-        raise _Unusable("frameless: no frame of its video stream can be decoded")
-    if heard_from is None:
-        raise _Unusable("silent: its audio stream holds no sample")
-    samples += [f.to_ndarray().mean(0) for f in resampler.resample(None)]
-    origin = min(times[0], heard_from)
-    late = np.zeros(round((heard_from - origin) * rate), np.float32)
-    audio = np.concatenate([late, *samples])
-    seconds = max(last - origin, len(audio) / rate)
-    if not np.abs(audio).max() > 2**-15:  # one step of 16-bit sound
-        raise _Unusable("silent: its audio stream holds nothing but zeros")
-    if seconds < 0.9 * plan.declared - 0.25:
-        raise _Unusable(
-            f"cut off: {seconds:.2f} of {plan.declared:.2f} seconds can be decoded"
-        )
-    return Media(
-        frames=np.stack(images),
-        frame_times=np.array(times) - origin,
-        audio=audio,
-        rate=rate,
-        seconds=float(seconds),
-    )
-
-
 def check(
     clips: Iterable[Clip], longest: float = LONGEST
 ) -> tuple[list[Clip], dict[str, str]]:
     """Decode every clip once: those that can be used, and for the others id: reason."""
     good, problems = [], {}
-    for clip in clips:
-        try:
-            decode(clip.path, frames=1, longest=longest)
-        except ClipError as error:
-            problems[clip.id] = str(error)
-        else:
-            good.append(clip)
+    with apart.kept():
+        for clip in clips:
+            try:
+                apart.decode(clip.path, frames=1, longest=longest)
+            except ClipError as error:
+                problems[clip.id] = str(error)
+            else:
+                good.append(clip)
     return good, problems

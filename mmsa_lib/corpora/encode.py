@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from mmsa_lib.corpora import store
+from mmsa_lib.corpora.decoding import open_regular
 from mmsa_lib.corpora.schema import SPLITS, Card, Ragged, Split, make_corpus
 from mmsa_lib.errors import CorpusError, check_device, unknown
 
 Pair = tuple[str, str, str | Path, int]  # id, text, image file, number of the class
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _Encode = Callable[[list], Iterable[Tensor]]  # inputs -> hidden states (T_i, d)
 
 
@@ -114,14 +116,16 @@ def _frozen(name: str | Path, part: str, processor, device: str):
 
 
 def _opened(file: str | Path):
-    from PIL import Image
+    """An image (RGB), turned as its camera says."""
+    from PIL import Image, ImageOps
 
     try:
-        with Image.open(file) as picture:
-            return picture.convert("RGB")
-    except OSError as error:
+        with open_regular(file) as body, Image.open(body, formats=FORMATS) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except Exception as error:  # Pillow raises many kinds on a damaged file
         raise CorpusError(
-            f"{file} is no readable image: {error}. Replace it, or drop its row."
+            f"{file} is no readable image ({', '.join(FORMATS)}): "
+            f"{type(error).__name__}: {error}. Replace it, or drop its row."
         ) from error
 
 

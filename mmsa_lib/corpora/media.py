@@ -23,7 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from mmsa_lib.corpora import clips as clip_files
-from mmsa_lib.corpora.clips import LONGEST, Clip, Media, decode
+from mmsa_lib.corpora.apart import decode, kept
+from mmsa_lib.corpora.clips import Clip
+from mmsa_lib.corpora.decoding import LONGEST, Media, open_regular
 from mmsa_lib.corpora.download import disk_remedy
 from mmsa_lib.corpora.schema import (
     Card,
@@ -34,9 +36,9 @@ from mmsa_lib.corpora.schema import (
     _split_facts,
 )
 from mmsa_lib.errors import ClipError, ConfigError, CorpusError
-from mmsa_lib.files import sha256_of, write_atomic
+from mmsa_lib.files import printable, write_atomic
 
-VERSION = "1"  # of the preprocessing: part of the key of every cached file
+VERSION = "2"  # of the preprocessing: part of the key of every cached file
 RATE = 16000  # samples a second, as the audio tower of Qwen2.5-Omni expects
 HOP = 160  # samples a log-mel frame
 PATCH, TIME, MERGE = 14, 2, 2  # pixels of a patch, frames of one, patches a token side
@@ -176,9 +178,21 @@ def read_media(media: Media, config: MediaConfig) -> dict[str, np.ndarray]:
     }
 
 
+def why_not(path: str | Path, error: BaseException) -> str:
+    """What an error says of the clip at `path`, with its name."""
+    if isinstance(error, ClipError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return f"{path}: it takes more memory than there is"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{path}: cannot be read: {error.strerror}"
+    return f"{path}: {type(error).__name__}: {error}"
+
+
 def _key(path: Path, config: MediaConfig) -> str:
     """Content address of what `read_media` makes of a clip file."""
-    content = sha256_of(path)
+    with open_regular(path) as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
     settings = sorted(asdict(config).items())
     return hashlib.sha256(f"{VERSION} {content} {settings}".encode()).hexdigest()
 
@@ -199,12 +213,16 @@ def _read(path: Path, config: MediaConfig, cache: Path | None, key: str):
     return _facts(file)
 
 
+class _CacheError(CorpusError):
+    """The cache is at fault, not the clip."""
+
+
 def _write(arrays: dict[str, np.ndarray], file: Path) -> None:
-    """Whole or not at all. Raises `CorpusError`: the cache is at fault, not the clip"""
+    """Whole or not at all. Raises `_CacheError`."""
     try:
         write_atomic(file, save(arrays))
     except OSError as error:
-        raise CorpusError(
+        raise _CacheError(
             f"could not write the clip cache {file}: {disk_remedy(error, file)}"
         ) from error
 
@@ -272,7 +290,7 @@ def clip_corpus(
     config = config or MediaConfig()
     found: dict[str, str] = {}
     if isinstance(clips, str | Path):
-        source = f"the clip folder {Path(clips).name}"
+        source = f"the clip folder {printable(Path(clips).name)}"
         clips = clip_files.read_folder(clips, problems=found)
     else:
         source = "a list of clips"
@@ -283,13 +301,13 @@ def clip_corpus(
         try:
             key = _key(clip.path, config)
             return key, _read(clip.path, config, cache, key)
-        except ClipError as error:
-            return clip.id, str(error)
-        except OSError as error:
-            return clip.id, f"{clip.path} cannot be read: {error.strerror}"
+        except (_CacheError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # libraries in Rust raise more than Exception
+            return clip.id, why_not(clip.path, error)
 
     _whisper()  # its lazy import does not bear several threads
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with kept(), ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(pool.map(read, clips))
     found |= {key: why for key, why in results if isinstance(why, str)}
     if problems is not None:
@@ -398,7 +416,7 @@ def load(
         folder, config, cache=data_dir / "clip-cache", problems=problems
     )
     corpus.card.notes += [
-        f"left out: {i}: {why}" for i, why in (problems or {}).items()
+        printable(f"left out: {i}: {why}") for i, why in (problems or {}).items()
     ]
     return corpus
 

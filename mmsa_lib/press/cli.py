@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -215,7 +216,7 @@ def status(profile: Profile = "quick", as_json: AsJson = False) -> None:
     book = open_book(find_root())
     rows = [s.as_dict() for s in states(book, profile)]
     if as_json:
-        print(json.dumps(rows, indent=1))
+        print_json(rows)
         return
     table = _table("chapter", "state", "why", "seconds", "records")
     for row in rows:
@@ -250,7 +251,7 @@ def records_list(as_json: AsJson = False) -> None:
         for r, folder in _all_records()
     ]
     if as_json:
-        print(json.dumps(rows, indent=1))
+        print_json(rows)
         return
     table = _table("id", "name", "chapter", "corpus", "seeds", "date", "in")
     for row in rows:
@@ -284,7 +285,7 @@ def records_show(
     for entry in shown["per_seed"]:
         if "predictions" in entry:
             entry["predictions"] = f"({len(entry['predictions'])} values)"
-    print(json.dumps(shown, indent=1, ensure_ascii=False))
+    print_json(shown)
 
 
 @records_app.command("check")
@@ -621,8 +622,21 @@ def _short(path: Path) -> str:
         return str(path)
 
 
+def print_json(value) -> None:
+    """For programs: ASCII, so that no terminal and no pipe changes it."""
+    print(json.dumps(value, indent=1))
+
+
+def _print_anything() -> None:
+    """Escape what a terminal's encoding lacks, rather than fail after the work."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; an error that we foresaw is one message, not a traceback."""
+    _print_anything()
     error_console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         with _interruptible():
