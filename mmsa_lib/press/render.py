@@ -12,14 +12,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
 
 from mmsa_lib.errors import BookError
-from mmsa_lib.files import digest, sha256, sha256_of, write_atomic
+from mmsa_lib.files import digest, python, sha256, sha256_of, write_atomic
 from mmsa_lib.press.cards import Trace
 from mmsa_lib.press.chapters import Book
 from mmsa_lib.press.downloads import offer
@@ -154,7 +153,7 @@ def _jupyter_book(book: Book, stage: Path) -> Path:
     reading, writing = os.pipe()
     try:
         done = subprocess.run(
-            [sys.executable, "-P", "-c", program, *arguments],
+            [*python(program), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=reading,
