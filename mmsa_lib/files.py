@@ -1,4 +1,4 @@
-"""Files on the ground floor: texts that name their faults, whole writes, hashes."""
+"""Files on the ground floor: texts, whole writes, hashes, and how Python is started."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import uuid
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,30 @@ from pathlib import Path
 from mmsa_lib.errors import BookError
 
 ROOT = Path(__file__).resolve().parent.parent  # the checkout, when there is one
+
+# -P leaves the current folder out, and only the package is taken from its own: a
+# json.py beside either is never imported
+_FIND = """\
+import sys
+from importlib import util
+found = util.spec_from_file_location(
+    "mmsa_lib", {file!r}, submodule_search_locations=[{folder!r}]
+)
+sys.modules["mmsa_lib"] = util.module_from_spec(found)
+found.loader.exec_module(sys.modules["mmsa_lib"])
+"""
+
+
+def python(program: str, library: Path | None = None) -> list[str]:
+    """The start of a command: `program` in this Python, with this mmsa_lib or another.
+
+    library: the folder that holds the other. What else lies there, or in the folder
+    where the command runs, is never imported.
+    """
+    own = Path(__file__).resolve().parent
+    folder = own if library is None else library.resolve() / own.name
+    found = _FIND.format(file=str(folder / "__init__.py"), folder=str(folder))
+    return [sys.executable, "-P", "-c", found + program]
 
 
 def sha256(content: bytes | str) -> str:

@@ -2,88 +2,140 @@
 
 import io
 import os
+import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 
 import pytest
 from conftest import ROOT, command
 from test_press import cell, chapter, make_project
 
+from mmsa_lib import cli
 from mmsa_lib.cli import _options
 from mmsa_lib.corpora.clips import puppet_clips
 
-CHAPTER = chapter("A") + cell("import json, numpy\nprint(1)", ":tags: [illustration]\n")
-PLANTED = ("argparse", "av", "json", "numpy", "mmsa_lib", "jupyter_book", "torch")
+CELLS = """\
+import argparse, asyncio, json, multiprocessing, numpy, subprocess, sys
+from mmsa_lib.used import VALUE
+subprocess.run([sys.executable, "-c", "import argparse, numpy"], check=True)
+print(VALUE)
+"""
+CHAPTER = chapter("A") + cell(CELLS, ":tags: [illustration]\n")
+ENTRY = "from mmsa_lib.cli import main\n\nmain()\n"  # as pip writes it
 
 
-@pytest.fixture
-def mmsa_book(tmp_path):
+def everything() -> list[str]:
+    """The name of each module that Python or an installed package has at its top."""
+    names = {*sys.stdlib_module_names, *packages_distributions(), "sitecustomize"}
+    return sorted(n for n in names - {"__main__"} if n.isidentifier())
+
+
+@pytest.fixture(params=["root of the book", "its pages", "a folder of clips"])
+def mmsa_book(request, tmp_path):
     """Calls the program in a folder of a book where modules are planted."""
     root = make_project(tmp_path / "book", {"a": CHAPTER})
-    folder, marker = root / "clips", tmp_path / "executed"
-    folder.mkdir()
-    for name in PLANTED:
-        text = f"open({str(marker)!r}, 'a').write('{name} ')\n"
-        (folder / f"{name}.py").write_text(text)
-    program = tmp_path / "bin" / "mmsa-book"  # as pip writes it for an entry point
+    inside = {"root of the book": ".", "its pages": "book"}
+    folder, marker = root / inside.get(request.param, "clips"), tmp_path / "executed"
+    folder.mkdir(exist_ok=True)
+    for name in everything():
+        if name != "mmsa_lib" or folder != root:  # its library stands in its root
+            text = f"open({str(marker)!r}, 'a').write('{name} ')\n"
+            (folder / f"{name}.py").write_text(text)
+    program = tmp_path / "bin" / "mmsa-book"
     program.parent.mkdir()
-    program.write_text("from mmsa_lib.cli import main\n\nmain()\n")
+    program.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{ENTRY}")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
 
     def call(*arguments: str) -> subprocess.CompletedProcess:
         done = subprocess.run(
             [sys.executable, str(program), *arguments],
             cwd=folder,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env=clean | {"OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
         )
         assert not marker.exists(), marker.read_text()
         return done
 
-    call.folder = folder
+    call.folder, call.root, call.marker = folder, root, marker
     return call
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["status"], "never executed"),
-        (["data", "list"], "mosi-text-audio"),
-        (["data", "get", "puppets", "--accept-terms"], "generated when it is loaded"),
-        (["records", "list"], "no records yet"),
-        (["run", "a"], "a: done"),
-        (["sweep", "a", "--profile", "quick"], "a: done"),
-        (["train", "readout", "--clips", ".", "--out", "o"], "label.csv"),
-    ],
-)
-def test_nothing_of_the_callers_folder_is_executed(mmsa_book, arguments, said):
+COMMANDS = {  # with what it says
+    "status": (["status"], "never executed"),
+    "data list": (["data", "list"], "mosi-text-audio"),
+    "data get": (
+        ["data", "get", "puppets", "--accept-terms"], "generated when it is loaded",
+    ),
+    "records list": (["records", "list"], "no records yet"),
+    "records show": (["records", "show", "x"], "unknown record 'x'"),
+    "records check": (["records", "check"], "0 records match"),
+    "run": (["run", "a"], "a: done"),
+    "build": (["build"], "the book is ready"),
+    "sweep": (["sweep", "a", "--profile", "quick"], "a: done"),
+    "clean": (["clean"], "cleaned"),
+    "predict": (["predict", "clip.mp4", "--device", "cpu"], "clip.mp4"),
+    "train": (["train", "readout", "--clips", ".", "--out", "o"], "label.csv"),
+}  # fmt: skip
+
+
+def commands(app, before: str = "") -> Iterator[str]:
+    for one in app.registered_commands:
+        yield before + (one.name or one.callback.__name__)
+    for group in app.registered_groups:
+        yield from commands(group.typer_instance, f"{before}{group.name} ")
+
+
+def test_every_command_is_tried():
+    assert set(COMMANDS) == set(commands(cli.app))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_nothing_of_the_callers_folder_is_executed(mmsa_book, name):
+    arguments, said = COMMANDS[name]
+    if name == "predict":
+        clip = mmsa_book.folder / "clip.mp4"
+        clip.write_bytes(puppet_clips()[0].path.read_bytes())
     done = mmsa_book(*arguments)
     assert said in done.stdout + done.stderr
+    if name in ("predict", "build", "run"):
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_clips_are_scored_where_they_lie(mmsa_book):
-    clip = mmsa_book.folder / "clip.mp4"
-    clip.write_bytes(puppet_clips()[0].path.read_bytes())
-    done = mmsa_book("predict", "clip.mp4", "--device", "cpu")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[1] == "clip.mp4"
-
-
-def test_rendering_executes_nothing_of_the_callers_folder(mmsa_book):
-    done = mmsa_book("build")  # Jupyter Book too is a process of its own
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (mmsa_book.folder.parent / "_build/html/index.html").is_file()
+def test_a_pickle_is_read_where_modules_are_planted(mmsa_book):
+    code = "import sys; from mmsa_lib.corpora.pickles import load_pickle as load; "
+    code += "print(load('a.pkl'))"
+    (mmsa_book.folder / "a.pkl").write_bytes(pickle.dumps([1, "a"]))
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        cwd=mmsa_book.folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "[1, 'a']\n", done.stderr
+    assert not mmsa_book.marker.exists()
 
 
 def test_planted_modules_would_be_noticed(mmsa_book):
     """Python itself does execute them where it is told to look there."""
-    for how in (["-c", "import argparse"], ["-m", "mmsa_lib"]):
-        done = subprocess.run(
-            [sys.executable, *how], cwd=mmsa_book.folder, capture_output=True
-        )
-        assert done.returncode == 0
-    with pytest.raises(AssertionError, match="argparse mmsa_lib"):
+    subprocess.run([sys.executable, "-c", "import argparse"], cwd=mmsa_book.folder)
+    with pytest.raises(AssertionError, match="argparse"):
         mmsa_book("status")
+
+
+@pytest.mark.parametrize("device", ["gpu", "GPU", "cuda:first"])
+def test_a_device_that_is_none_is_named(tmp_path, capsys, device):
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(puppet_clips()[0].path.read_bytes())
+    assert command("predict", clip, "--device", device) == 2
+    said = capsys.readouterr().err
+    assert f"unknown device {device!r}. A GPU is called cuda." in said
+    train = ("train", "readout", "--clips", "puppets", "--out", tmp_path / "o")
+    assert command(*train, "--device", device) == 2
+    assert f"{device!r} is not one of" in capsys.readouterr().err
 
 
 def test_data_asks_where_somebody_can_answer(monkeypatch, tmp_path, capsys):

@@ -125,7 +125,7 @@ def content(root: Path) -> dict[str, str]:
         name, _, short = path.stem.rpartition("-")
         found = {k: v.replace(short, name) for k, v in found.items()}
     for name in (n for n in found if n.endswith(".key.json")):
-        found[name] = re.sub(r'"seconds": [\d.]+', "", found[name])
+        found[name] = re.sub(r'"(seconds|cpu)": [\d.]+', "", found[name])
         notebook = re.compile(r'"notebook": "[0-9a-f]{64}"')  # its hash, ids included
         found[name] = notebook.sub("", found[name])
     return found

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from mmsa_lib import runs
 from mmsa_lib.errors import BookError
-from mmsa_lib.files import write_atomic
+from mmsa_lib.files import python, write_atomic
 from mmsa_lib.press.chapters import Book
 from mmsa_lib.press.execute import end_tree
 from mmsa_lib.press.freshness import data_folder
@@ -50,18 +50,15 @@ class Local:
         task.folder.mkdir(parents=True)
         job = _job(task) | {"root": str(self._root), "folder": str(task.folder)}
         log, last = task.folder / "runner.log", {}
-        above = str(Path(__file__).resolve().parents[2])
-        path = [above, *filter(None, [os.environ.get("PYTHONPATH")])]
         with log.open("w", encoding="utf-8") as stream:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", RUNNER],
+                python("from mmsa_lib.press.runner import main; main()"),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stream,
                 text=True,
                 encoding="utf-8",
                 cwd=task.folder,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
                 start_new_session=True,  # Ctrl-C reaches us, and we end the runner
             )
             with self._lock:
@@ -197,7 +194,6 @@ def _far_function():
         import json
         import os
         import subprocess
-        import sys
         import tempfile
         import zipfile
         from pathlib import Path

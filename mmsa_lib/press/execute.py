@@ -1,6 +1,6 @@
 """Execute chapters with papermill, each in its own process, and say what failed.
 
-The parent starts ``python -P -m mmsa_lib.press.execute`` once a chapter, writes a job
+The parent starts `main` in a process of its own once a chapter, writes a job
 to its standard input and reads events from its standard output, one JSON line each. The
 child lives only as long as that pipe: kill the parent and no orphan goes on computing.
 
@@ -25,7 +25,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mmsa_lib.files import write_atomic
+from mmsa_lib.files import python, write_atomic
 from mmsa_lib.press.chapters import Book, Chapter
 from mmsa_lib.press.freshness import State, closure_hash, data_folder
 from mmsa_lib.runs.record import named
@@ -128,7 +128,7 @@ def _one(
     report(chapter.name, {"event": "start"})
     with log.open("w", encoding="utf-8") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "mmsa_lib.press.execute"],
+            python("from mmsa_lib.press.execute import main; main()"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stream,
@@ -142,9 +142,6 @@ def _one(
         end = {}
         try:
             job = {
-                "path": os.pathsep.join(
-                    p for p in (str(book.root), os.environ.get("PYTHONPATH")) if p
-                ),
                 "text": chapter.text,
                 "parameters": state.parameters,
                 "failed": str(book.build / "failed" / f"{chapter.name}.ipynb"),
@@ -199,7 +196,7 @@ def _environment(
     env = {k: v for k, v in os.environ.items() if k not in OWN_TASTE}
     env.setdefault("OMP_NUM_THREADS", "1")
     return env | {
-        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),  # of the child
+        "PYTHONSAFEPATH": "1",  # of processes that a chapter starts
         "PYTHONHASHSEED": "0",
         "JUPYTER_PATH": str(book.build / "kernel"),
         "IPYTHONDIR": str(book.build / "kernel" / "ipython"),
@@ -215,14 +212,15 @@ def _environment(
 
 
 def _write_kernelspec(book: Book) -> None:
+    own = (book.root / "mmsa_lib" / "__init__.py").is_file()  # the book's library
+    program = "from ipykernel.kernelapp import launch_new_instance as start; start()"
     spec = {
         "argv": [
-            sys.executable,
-            "-m",
-            "ipykernel_launcher",
+            *python(program, book.root if own else None),
             "-f",
             "{connection_file}",
             "--HistoryManager.enabled=False",
+            "--IPKernelApp.ignore_cwd=True",  # a numpy.py among the pages is no numpy
         ],
         "display_name": "The book's Python",
         "language": "python",
@@ -278,7 +276,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _child() -> None:
+def main() -> None:
+    """Execute the chapter of one job; see the top of this module."""
     job = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with suppress(OSError):  # Linux: if memory runs out, the kernel is what ends
@@ -286,10 +285,7 @@ def _child() -> None:
     _run(**job)
 
 
-def _run(
-    path: str, text: str, parameters: dict, failed: str, limits: dict[str, float]
-) -> None:
-    os.environ["PYTHONPATH"] = path  # the kernel imports the library of its own book
+def _run(text: str, parameters: dict, failed: str, limits: dict[str, float]) -> None:
     import jupytext
     import nbformat
     import papermill
@@ -420,7 +416,3 @@ def _tidy(notebook) -> None:
         cell["id"] = f"cell-{i}"
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell.metadata["tags"] = ["injected-parameters", HIDDEN]
-
-
-if __name__ == "__main__":
-    _child()

@@ -12,12 +12,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from mmsa_lib.errors import BookError
-from mmsa_lib.files import digest, read_text, sha256, sha256_of, write_atomic
+from mmsa_lib.files import digest, python, read_text, sha256, sha256_of, write_atomic
 from mmsa_lib.press.cards import Trace
 from mmsa_lib.press.chapters import Book, configuration
 from mmsa_lib.press.downloads import offer
@@ -153,7 +152,7 @@ def _jupyter_book(book: Book, stage: Path) -> Path:
     reading, writing = os.pipe()
     try:
         done = subprocess.run(
-            [sys.executable, "-P", "-c", program, *arguments],
+            [*python(program), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=reading,

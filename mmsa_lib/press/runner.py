@@ -1,6 +1,6 @@
 """One attempt at a task of a sweep, as a process of its own.
 
-``python -m mmsa_lib.press.runner`` reads a job from its standard input, executes the
+`main` reads a job from its standard input, executes the
 chapter and writes events to its standard output, one JSON line each. It ends with that
 pipe, so nothing computes on when the driver is gone.
 """
@@ -63,7 +63,8 @@ def _end_with_driver() -> None:
     os._exit(1)  # the chapter's process and its kernel follow
 
 
-def _runner() -> None:
+def main() -> None:
+    """Attempt the one task that is written to the standard input."""
     job = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_driver, daemon=True).start()
     try:
@@ -74,4 +75,4 @@ def _runner() -> None:
 
 
 if __name__ == "__main__":
-    _runner()
+    main()
