@@ -402,6 +402,15 @@ def test_each_page_has_one_title(seen):
     assert not complaints(content, wrong)
 
 
+def test_no_folded_code_stands_before_the_first_section(site):
+    for chapter in open_book(ROOT).chapters.values():
+        page = site / f"{chapter.page}.html"
+        if page.is_file():  # the toy book has chapters of its own
+            text = page.read_text(encoding="utf-8")
+            start, section = text.index("<h1"), text.index("<h2")
+            assert "Show code" not in text[start:section], chapter.name
+
+
 def test_each_chapter_has_a_run_card_and_its_files(seen, site):
     chapters = list(open_book(ROOT).chapters.values())
     real = site == ROOT / "_build" / "html"

@@ -835,7 +835,7 @@ def test_the_life_of_a_book(tmp_path, capsys, monkeypatch):
         for c in json.loads(executed)["cells"]
         if "injected-parameters" in c["metadata"].get("tags", [])
     ]
-    assert injected == [["injected-parameters", "hide-input"]]
+    assert injected == [["injected-parameters", "hide-input"]]  # unlike the page's
     assert str(tmp_path) not in executed  # no machine path on a page
 
     # unchanged, it does nothing at all
@@ -1320,3 +1320,25 @@ def test_editing_a_module_makes_exactly_the_chapters_stale_that_reach_it(tmp_pat
         unreached += [module] * (not expected)
     assert {"mmsa_lib/cli.py", "mmsa_lib/press/cli.py"} <= set(unreached)
     assert len(unreached) < len(modules)
+
+
+def test_injected_parameters_are_shown_only_where_they_say_more():
+    import nbformat
+
+    from mmsa_lib.press.execute import _tidy
+
+    def tags_of(injected):
+        cells = [
+            nbformat.v4.new_code_cell('seeds = [0, 1]\nprofile = "quick"  # or full'),
+            nbformat.v4.new_code_cell(injected),
+        ]
+        for cell, tag in zip(cells, ("parameters", "injected-parameters"), strict=True):
+            cell.metadata["tags"] = [tag]
+        notebook = nbformat.v4.new_notebook(cells=cells)
+        notebook.metadata["kernelspec"] = {"name": "x"}
+        _tidy(notebook)
+        return notebook.cells[1].metadata["tags"][1:]
+
+    assert tags_of("# Parameters\nprofile = 'quick'\n") == ["remove-cell"]
+    assert tags_of("seeds = [0, 1, 2]\nprofile = 'quick'") == ["hide-input"]
+    assert tags_of("epochs = 3") == ["hide-input"]

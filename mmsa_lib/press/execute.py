@@ -10,6 +10,7 @@ said to have been, for that is how a system ends what needs too much memory.
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import os
@@ -407,12 +408,30 @@ def _size(content: dict) -> int:
 
 
 def _tidy(notebook) -> None:
-    """Take out what differs between two equal runs; fold the injected parameters."""
+    """Take out what differs between two equal runs. Injected parameters are folded on
+    the page, and left out of it where they are those that the page shows anyway."""
+    written: dict = {}
     notebook.metadata.pop("papermill", None)
     notebook.metadata.kernelspec["name"] = "python3"
     for i, cell in enumerate(notebook.cells):
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
         cell["id"] = f"cell-{i}"
-        if "injected-parameters" in cell.metadata.get("tags", []):
-            cell.metadata["tags"] = ["injected-parameters", HIDDEN]
+        tags = cell.metadata.get("tags", [])
+        if "parameters" in tags:
+            written = _assigned(cell.source)
+        if "injected-parameters" in tags:
+            given = _assigned(cell.source)
+            told = given.items() <= written.items()
+            shown = "remove-cell" if told else HIDDEN
+            cell.metadata["tags"] = ["injected-parameters", shown]
+
+
+def _assigned(source: str) -> dict[str, str]:
+    """Names and values, as code, of a cell of parameters."""
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {ast.unparse(t): ast.unparse(node.value) for t in targets}
+    return found
