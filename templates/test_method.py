@@ -1,8 +1,9 @@
 """Gated sum: what is special about it. The contract is tested in test_methods.py."""
 
 import torch
-from mmsa_lib.methods.gated import GatedConfig, build
 from toy import toy_corpus
+
+from mmsa_lib.methods.gated import GatedConfig, build
 
 CORPUS = toy_corpus()
 
