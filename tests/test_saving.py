@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import asdict
 
 import numpy as np
@@ -12,6 +13,7 @@ from thinkers import MEDIA, score, thinker
 
 from mmsa_lib import corpora
 from mmsa_lib.errors import ConfigError, UnknownNameError
+from mmsa_lib.files import sha256_of
 from mmsa_lib.methods import saving
 from mmsa_lib.methods.generative import Generative
 from mmsa_lib.nets import omni
@@ -140,3 +142,51 @@ def test_the_shipped_readout_fits_its_backbone_and_has_learned():
     error = np.abs(torch.cat(said).numpy() - truth).mean()
     middle = np.median(data.train.labels["sentiment"])
     assert error < 0.8 * np.abs(truth - middle).mean()
+
+
+def test_the_adapters_configuration_names_no_code_and_no_other_base(saved, tmp_path):
+    """Its sha256 is made to fit, as by somebody who sends a whole folder."""
+
+    def folder_with(**changes):
+        folder = shutil.copytree(saved, tmp_path / str(len(list(tmp_path.iterdir()))))
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        settings = json.loads((folder / "readout.json").read_text())
+        settings["sha256"][path.name] = sha256_of(path)
+        (folder / "readout.json").write_text(json.dumps(settings))
+        return folder
+
+    (tmp_path / "planted.py").write_text("raise SystemExit('imported')")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        code = {"base_model_class": "Planted", "parent_library": "planted"}
+        for change in (
+            {"megatron_config": {"a": 1}, "megatron_core": "planted"},
+            {"auto_mapping": code},
+            {"auto_mapping": code, "peft_type": None, "task_type": None},
+        ):
+            saving.load(folder_with(**change), device="cpu")
+        assert "planted" not in sys.modules
+    with pytest.raises(ConfigError, match="names the base 'another/model'"):
+        saving.load(folder_with(base_model_name_or_path="another/model"), device="cpu")
+
+
+def test_an_adapter_of_other_layers_or_shapes_is_refused(saved, tmp_path):
+    def folder_with(name, change):
+        folder = shutil.copytree(saved, tmp_path / name)
+        path = folder / "adapter_model.safetensors"
+        weights = load_file(path)
+        first = next(iter(weights))
+        save_file(change(weights, first), path)
+        settings = json.loads((folder / "readout.json").read_text())
+        settings["sha256"][path.name] = sha256_of(path)
+        (folder / "readout.json").write_text(json.dumps(settings))
+        return folder
+
+    for name, change in {
+        "one less": lambda w, k: {n: t for n, t in w.items() if n != k},
+        "one more": lambda w, k: w | {k.replace("lora_A", "lora_C"): w[k].clone()},
+        "wider": lambda w, k: w | {k: torch.cat([w[k], w[k]])},
+    }.items():
+        with pytest.raises(ConfigError, match="was not made for the backbone"):
+            saving.load(folder_with(name, change), device="cpu")

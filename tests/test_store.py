@@ -313,6 +313,21 @@ def test_changed_values_are_found_by_verify_not_by_open(tmp_path):
         store.verify(tmp_path)
 
 
+def test_a_card_names_no_file_outside_its_folder(tmp_path):
+    for name in ("here", "there"):
+        store.write(corpus(), tmp_path / name)
+    (data,) = (tmp_path / "there").glob("*.safetensors")
+    (own,) = (tmp_path / "here").glob("*.safetensors")
+    own.unlink()
+
+    def elsewhere(card):
+        card["data"]["file"] = f"../there/{data.name}"
+
+    edit_card(tmp_path / "here", elsewhere)
+    with pytest.raises(CorpusError, match="is missing"):
+        store.open_store(tmp_path / "here")
+
+
 def test_no_store_and_another_format(tmp_path):
     with pytest.raises(CorpusError, match="mmsa-book data get NAME"):
         store.open_store(tmp_path / "nowhere")

@@ -111,7 +111,7 @@ def open_store(folder: str | Path) -> Corpus:
     try:
         card = Card(**document["card"])
         layout = document["splits"]
-        data_file = folder / document["data"]["file"]
+        data_file = folder / Path(document["data"]["file"]).name  # never elsewhere
         data = _Data(data_file, document["data"]["bytes"])
         if data.fingerprint != card.sha256:
             raise _damaged(

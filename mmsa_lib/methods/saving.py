@@ -7,7 +7,6 @@ which backbone that belongs to.
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from mmsa_lib.corpora.media import MediaConfig
 from mmsa_lib.errors import ConfigError
 from mmsa_lib.files import replacing, sha256_of, write_atomic
 from mmsa_lib.methods.generative import Generative
-from mmsa_lib.methods.readout import Readout, ReadoutConfig
+from mmsa_lib.methods.readout import Readout, ReadoutConfig, attach_lora
 from mmsa_lib.nets import omni
 from mmsa_lib.nets.trained import copied, trained_state
 
@@ -97,6 +96,8 @@ def load(
         kind = KINDS[settings["kind"]]
         source, modalities = backbone or settings["backbone"], settings["modalities"]
         trained_on = settings["backbone_sha256"]
+        named = json.loads((folder / ADAPTER[0]).read_text("utf-8"))
+        base = named["base_model_name_or_path"]
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(
             f"{folder / SETTINGS} is damaged or of another version "
@@ -107,6 +108,11 @@ def load(
             f"{', '.join(damaged)} in {folder}: not what was saved there, but damaged "
             "or of another readout. Copy or save the whole folder again."
         )
+    if base != settings["backbone"]:
+        raise ConfigError(
+            f"{folder / ADAPTER[0]} names the base {base!r}, but {SETTINGS} records "
+            f"{settings['backbone']!r}: the parts are of two models. Save it again."
+        )
     thinker = omni.load(source, quantise=quantise, device=device, modalities=modalities)
     if omni.fingerprint(thinker) != trained_on:
         raise ConfigError(
@@ -114,13 +120,17 @@ def load(
             "not those that it was trained on. Name the right ones, or train it again "
             "(mmsa-book train)."
         )
-    from peft import PeftModel  # after `load`, which keeps what it imports quiet
+    from peft import set_peft_model_state_dict  # after `load`, which keeps it quiet
 
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*")
-            warnings.filterwarnings("ignore", "Found missing adapter keys")
-            thinker.model = PeftModel.from_pretrained(thinker.model, str(folder))
+        # the layers are those of our own settings: adapter_config.json could name
+        # modules to import, so nothing else of it is read
+        thinker.model = attach_lora(thinker.model, config)
+        weights = load_file(folder / ADAPTER[1])
+        fitted = set_peft_model_state_dict(thinker.model, weights)
+        lora = [k for k in fitted.missing_keys if "lora_" in k]
+        if lora or fitted.unexpected_keys:
+            raise ValueError(f"{ADAPTER[1]}: {lora + fitted.unexpected_keys}")
         model = kind(thinker, config)
         found = model.load_state_dict(load_file(folder / HEAD), strict=False)
     except (RuntimeError, ValueError) as error:
