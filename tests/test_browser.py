@@ -405,10 +405,9 @@ def test_each_page_has_one_title(seen):
 def test_no_folded_code_stands_before_the_first_section(site):
     for chapter in open_book(ROOT).chapters.values():
         page = site / f"{chapter.page}.html"
-        if page.is_file():  # the toy book has chapters of its own
-            text = page.read_text(encoding="utf-8")
-            start, section = text.index("<h1"), text.index("<h2")
-            assert "Show code" not in text[start:section], chapter.name
+        top, section, _ = page.read_text(encoding="utf-8").partition("<h2")
+        if section:  # a toy chapter has none
+            assert "Show code" not in top, chapter.name
 
 
 def test_each_chapter_has_a_run_card_and_its_files(seen, site):
@@ -582,7 +581,7 @@ def test_foreign_texts_are_texts_in_the_source(foreign_site):
 
 def test_foreign_texts_execute_nothing_in_a_browser(foreign_site, chromium):
     page = chromium.new_page()
-    for path in sorted(foreign_site.rglob("*.html")):
+    for path in sorted(foreign_site.glob("*/*.html")):  # index.html leads elsewhere
         page.goto(path.as_uri())
         page.evaluate(SETTLED)
         assert page.evaluate("window.hit") is None, path.name

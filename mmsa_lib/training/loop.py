@@ -22,8 +22,8 @@ from mmsa_lib.tasks import SENTIMENT, Loss
 from mmsa_lib.training.batches import EpochBatches, loader_of, seed_everything
 from mmsa_lib.training.config import TrainConfig
 from mmsa_lib.training.frozen import Frozen, check_samples
+from mmsa_lib.training.progress import Progress
 from mmsa_lib.training.rule import Rule
-from mmsa_lib.training.state import State
 
 KEEP = ("best", "last")
 
@@ -80,7 +80,7 @@ def fit(
     scheduler = _scheduler(config, optimiser, per_epoch)
     for rule in rules:
         rule.setup(accelerator.unwrap_model(model), accelerator.device)
-    state = State(config, corpus, accelerator, model, optimiser, scheduler, rules)
+    state = Progress(config, corpus, accelerator, model, optimiser, scheduler, rules)
     try:
         state.resume()
         bar = _progress(config.epochs, state.epoch)
@@ -116,7 +116,7 @@ def _check_keep(keep: str, config: TrainConfig) -> None:
         )
 
 
-def _epoch(state: State, loader, batches: EpochBatches, parameters, loss) -> None:
+def _epoch(state: Progress, loader, batches: EpochBatches, parameters, loss) -> None:
     """The steps of one epoch, from where a killed run stopped."""
     config, accelerator, model = state.config, state.accelerator, state.model
     rules, optimiser, every = state.rules, state.optimiser, config.checkpoint_steps
@@ -148,7 +148,7 @@ def _epoch(state: State, loader, batches: EpochBatches, parameters, loss) -> Non
             state.save()
 
 
-def _frozen(state: State, keep: str) -> Frozen:
+def _frozen(state: Progress, keep: str) -> Frozen:
     """The kept epoch as the key to the test split."""
     module, config = state.module, state.config
     if keep == "best":
@@ -175,7 +175,7 @@ def _frozen(state: State, keep: str) -> Frozen:
     )
 
 
-def _step(state: State, parameters, batch: Batch, number: int) -> None:
+def _step(state: Progress, parameters, batch: Batch, number: int) -> None:
     accelerator, optimiser, rules = state.accelerator, state.optimiser, state.rules
     if accelerator.scaler is not None:
         accelerator.unscale_gradients(optimiser)

@@ -15,7 +15,7 @@ from mmsa_lib.files import replacing
 from mmsa_lib.nets.trained import copied, load_trained, trained_state
 
 
-class State:
+class Progress:
     """Where a run stands: kept in memory, and in a file that it continues from."""
 
     def __init__(self, config, corpus, accelerator, model, optimiser, scheduler, rules):
