@@ -410,7 +410,6 @@ def test_odd_tags_are_no_fault(tmp_path):
 # --- decoders of their own ------------------------------------------------------------
 
 ODD = """
-import sys; sys.path.append(sys.argv[1])
 import ctypes, os, signal
 from mmsa_lib.corpora import apart
 original = apart.read

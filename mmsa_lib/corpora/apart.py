@@ -22,13 +22,10 @@ import numpy as np
 
 from mmsa_lib.corpora.decoding import LONGEST, Media, Unusable, read
 from mmsa_lib.errors import ClipError
-from mmsa_lib.files import ROOT
+from mmsa_lib.files import python
 
 MEMORY = 8 * 2**30  # bytes that one decoder may take
-_PROGRAM = (
-    "import sys; sys.path.append(sys.argv[1]); "
-    "from mmsa_lib.corpora.apart import serve; serve()"
-)
+_PROGRAM = "from mmsa_lib.corpora.apart import serve; serve()"
 _ARRAYS = {"frames": np.uint8, "frame_times": np.float64, "audio": np.float32}
 
 
@@ -82,7 +79,7 @@ class _Worker:
 
     def __init__(self):
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _PROGRAM, str(ROOT)],
+            python(_PROGRAM),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
